@@ -14,7 +14,7 @@ device, over a number of chunks that follows from the shapes alone. So the porta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from flashkda_ops.reference import beta_activation, l2norm, log_decay
 
 __all__ = ["Gradients", "KdaOptions", "chunk_kda", "chunk_kda_backward", "chunk_kda_paged", "recurrent_kda_paged"]
 
-CHUNK = 64
+CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,26 @@ class Gradients(NamedTuple):
 class _DenseLayout:
     """``[B, T, ...]``, every row a sequence: chunk ``c`` of all rows advances at once."""
 
-    seq: None = None
-
     def __init__(self, B: int, T: int, chunk: int) -> None:
-        self.B, self.T, self.chunk = B, T, chunk
+        self.T, self.chunk = T, chunk
         self.chunks = -(-T // chunk)
-        self.sequences = B
+        self.sequences = self.batch = B
+        self.rows = T
 
-    def split(self, x: Tensor) -> Tensor:
-        """``[B, T, X, D]`` to ``[chunks, B * X, chunk, D]``; rows past ``T`` are zero."""
-        B, T, X, D = x.shape
-        x = F.pad(x, (0, 0, 0, 0, 0, self.chunks * self.chunk - T))
-        x = x.view(B, self.chunks, self.chunk, X, D).permute(1, 0, 3, 2, 4)
-        return x.reshape(self.chunks, B * X, self.chunk, D)
+    def take(self, x: Tensor, c0: int, c1: int) -> Tensor:
+        """The tokens of chunks ``c0`` to ``c1``: ``[B, T, ...]`` to ``[B, rows, ...]``."""
+        return x[:, c0 * self.chunk : c1 * self.chunk]
 
-    def join(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`split`."""
-        n, BX, C, D = x.shape
-        x = x.view(n, self.B, BX // self.B, C, D).permute(1, 0, 3, 2, 4)
-        return x.reshape(self.B, n * C, BX // self.B, D)[:, : self.T].contiguous()
+    def split(self, x: Tensor, c0: int, c1: int) -> Tensor:
+        """Taken tokens ``[B, rows, X, D]`` to chunks ``[c1 - c0, B * X, chunk, D]``; rows past ``T`` are zero."""
+        missing = (c1 - c0) * self.chunk - x.shape[1]
+        x = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        x = x.unflatten(1, (c1 - c0, self.chunk)).permute(1, 0, 3, 2, 4)
+        return x.contiguous().flatten(1, 2)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Rows of all chunks ``[B, rows, ...]`` to tokens ``[B, T, ...]``."""
+        return x
 
 
 class _PackedLayout:
@@ -88,49 +89,54 @@ class _PackedLayout:
     is the most that ``N`` sequences of ``T`` tokens can need; ``seq`` is ``N`` for those that they do not.
     """
 
+    batch = 1
+
     def __init__(self, cu_seqlens: Tensor, T: int, chunk: int) -> None:
         N = cu_seqlens.shape[0] - 1
         self.T, self.chunk = T, chunk
         self.chunks = (T + N * (chunk - 1)) // chunk
         self.sequences = N
+        self.rows = self.chunks * chunk
         device = cu_seqlens.device
         cu = cu_seqlens.long().clamp(0, T).cummax(0).values
         lengths = cu.diff()
         needed = (lengths + (chunk - 1)) // chunk
         ends = needed.cumsum(0)
         starts = ends - needed
+        self.empty = lengths == 0
 
         c = torch.arange(self.chunks, device=device)
         self.seq = torch.searchsorted(ends, c, right=True)
         within = self.seq.clamp(max=N - 1)
         self.position = c - starts[within]
-        used = self.seq < N
-        self.first = used & (self.position == 0)
-        self.last = used & (c == ends[within] - 1)
+        self.used = self.seq < N
+        self.first = self.used & (self.position == 0)
+        self.last = self.used & (c == ends[within] - 1)
         offset = self.position.unsqueeze(-1) * chunk + torch.arange(chunk, device=device)
-        self.row_valid = used.unsqueeze(-1) & (offset < lengths[within].unsqueeze(-1))
-        self.row_token = torch.where(self.row_valid, cu[within].unsqueeze(-1) + offset, 0).view(-1)
+        self.row_valid = (self.used.unsqueeze(-1) & (offset < lengths[within].unsqueeze(-1))).view(-1)
+        self.row_token = torch.where(self.row_valid, (cu[within].unsqueeze(-1) + offset).view(-1), 0)
 
         t = torch.arange(T, device=device)
         owner = torch.searchsorted(cu[1:].contiguous(), t, right=True)
-        holder = owner.clamp(max=N - 1)
         self.token_valid = (owner < N) & (t >= cu[0])
-        self.token_row = torch.where(self.token_valid, starts[holder] * chunk + t - cu[holder], 0)
-        self.token_seq, self.token_position = holder, t - cu[holder]
-        self.empty = lengths == 0
+        self.token_seq = owner.clamp(max=N - 1)
+        row = starts[self.token_seq] * chunk + t - cu[self.token_seq]
+        self.token_row = torch.where(self.token_valid, row, 0)
 
-    def split(self, x: Tensor) -> Tensor:
-        """``[1, T, X, D]`` to ``[chunks, X, chunk, D]``; rows of no token are zero, whatever ``x`` holds."""
-        _, _, X, D = x.shape
-        x = x[0].index_select(0, self.row_token).view(self.chunks, self.chunk, X, D)
-        x = torch.where(self.row_valid[..., None, None], x, 0)
-        return x.transpose(1, 2).contiguous()
+    def take(self, x: Tensor, c0: int, c1: int) -> Tensor:
+        """The tokens of chunks ``c0`` to ``c1``: ``[1, T, ...]`` to ``[1, rows, ...]``; rows of no token hold any."""
+        return x[0].index_select(0, self.row_token[c0 * self.chunk : c1 * self.chunk]).unsqueeze(0)
 
-    def join(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`split`; tokens of no sequence are zero."""
-        n, X, C, D = x.shape
-        x = x.transpose(1, 2).reshape(n * C, X, D).index_select(0, self.token_row)
-        return torch.where(self.token_valid[:, None, None], x, 0).unsqueeze(0)
+    def split(self, x: Tensor, c0: int, c1: int) -> Tensor:
+        """Taken tokens ``[1, rows, X, D]`` to chunks ``[c1 - c0, X, chunk, D]``; rows of no token are zero."""
+        valid = self.row_valid[c0 * self.chunk : c1 * self.chunk]
+        x = torch.where(valid[:, None, None], x[0], 0)
+        return x.unflatten(0, (c1 - c0, self.chunk)).transpose(1, 2).contiguous()
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Rows of all chunks ``[1, rows, ...]`` to tokens ``[1, T, ...]``; tokens of no sequence are zero."""
+        x = x[0].index_select(0, self.token_row)
+        return torch.where(self.token_valid.view(-1, *[1] * (x.dim() - 1)), x, 0).unsqueeze(0)
 
 
 _Layout = _DenseLayout | _PackedLayout
@@ -140,6 +146,20 @@ def _layout(q: Tensor, cu_seqlens: Tensor | None, chunk: int) -> _Layout:
     if cu_seqlens is None:
         return _DenseLayout(q.shape[0], q.shape[1], chunk)
     return _PackedLayout(cu_seqlens, q.shape[1], chunk)
+
+
+def _merge(layout: _Layout, x: Tensor, rows: int) -> Tensor:
+    """Chunks ``[n, B * X, C, D]`` back to ``[B, rows, X, D]``, the inverse of a layout's ``split``."""
+    n, _, C, D = x.shape
+    x = x.unflatten(1, (layout.batch, -1)).permute(1, 0, 3, 2, 4)
+    return x.reshape(layout.batch, n * C, -1, D)[:, :rows]
+
+
+def _segments(layout: _Layout, v: Tensor, K: int) -> list[tuple[int, int]]:
+    """Runs of chunks that are worked on together, so that a factor takes 512 KiB on a CPU (its cache), 64 MiB else."""
+    elements = layout.batch * v.shape[2] * layout.chunk * max(K, v.shape[3])
+    step = max(1, (1 << 17 if v.device.type == "cpu" else 1 << 24) // elements)
+    return [(c, min(c + step, layout.chunks)) for c in range(0, layout.chunks, step)]
 
 
 def _chunk_length(tokens_per_sequence: int, longest: int = CHUNK) -> int:
@@ -166,20 +186,18 @@ def _levels(g: Tensor) -> tuple[list[_Level], Tensor, Tensor]:
     Returns the levels of the tree, the decay from the chunk's start to each token (its own included), and the decay
     from each token (its own excluded) to the chunk's end.
     """
-    n, M, C, K = g.shape
-    prefix, suffix = g, torch.zeros_like(g)  # within blocks of `half` tokens
+    C = g.shape[2]
+    prefix, suffix = g.clone(), torch.zeros_like(g)  # sums within blocks of size / 2 tokens, grown in place
     levels = []
-    half = 1
-    while half < C:
-        blocks = (n, M, C // (2 * half), 2, half, K)
-        prefix_lo, prefix_hi = prefix.view(blocks).unbind(3)
-        suffix_lo, suffix_hi = suffix.view(blocks).unbind(3)
-        levels.append(_Level(2 * half, prefix_hi.exp(), suffix_lo.exp()))
-        total_lo, total_hi = prefix_lo[..., -1:, :], prefix_hi[..., -1:, :]
-        prefix = torch.stack((prefix_lo, prefix_hi + total_lo), 3).view(n, M, C, K)
-        suffix = torch.stack((suffix_lo + total_hi, suffix_hi), 3).view(n, M, C, K)
-        half *= 2
-    return levels, prefix.exp(), suffix.exp()
+    size = 2
+    while size <= C:
+        prefix_lo, prefix_hi = _halves(prefix, size)
+        suffix_lo, _ = _halves(suffix, size)
+        levels.append(_Level(size, prefix_hi.exp(), suffix_lo.exp()))
+        suffix_lo += prefix_hi[..., -1:, :]
+        prefix_hi += prefix_lo[..., -1:, :]
+        size *= 2
+    return levels, prefix.exp_(), suffix.exp_()
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -206,7 +224,7 @@ def _solve(L: Tensor, rhs: Tensor, *, transpose: bool = False) -> Tensor:
 
 @dataclass
 class _Chunks:
-    """A call's tokens in chunks, with the factors that both directions need. Shapes ``[n, M, C, .]``, ``M = B * HV``."""
+    """Tokens in chunks, with the factors that both directions need. Shapes ``[n, M, C, .]``, ``M = B * HV``."""
 
     q: Tensor  # scaled, and normalised if asked
     k: Tensor
@@ -216,20 +234,60 @@ class _Chunks:
     from_start: Tensor  # exp(G)
     to_end: Tensor  # exp(G_C - G)
     gamma: Tensor  # [n, M, K, 1]: exp(G_C)
+    Kd: Tensor
+    Qd: Tensor
+    Kr: Tensor
     N: Tensor  # [n, M, C, C]: strictly lower Kd Ki^T
+    L: Tensor  # diag(beta) N
     P: Tensor  # [n, M, C, C]: lower Qd Ki^T
-
-    @property
-    def L(self) -> Tensor:
-        return self.beta * self.N
+    AV: Tensor
+    AKd: Tensor
 
 
-def _prepare(layout: _Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> _Chunks:
-    """Factors from activated tokens: ``q`` scaled, ``g`` the log decay, ``q`` and ``k`` with as many heads as ``v``."""
-    q, k, v, g = (layout.split(x) for x in (q, k, v, g))
-    beta = layout.split(beta.unsqueeze(-1))
+class _Inputs(NamedTuple):
+    q: Tensor  # [B, T, H, K]
+    k: Tensor
+    v: Tensor  # [B, T, HV, V]
+    g: Tensor  # [B, T, HV, K]
+    beta: Tensor  # [B, T, HV, 1]
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+
+
+class _Activated(NamedTuple):
+    q: Tensor  # [B, rows, HV, K], scaled
+    k: Tensor  # [B, rows, HV, K]
+    v: Tensor
+    g: Tensor  # log decay
+    beta: Tensor
+
+
+def _take(layout: _Layout, x: _Inputs, c0: int, c1: int) -> _Inputs:
+    q, k, v, g, beta = (layout.take(t, c0, c1) for t in x[:5])
+    return _Inputs(q, k, v, g, beta, x.A_log, x.dt_bias)
+
+
+def _activate(x: _Inputs, o: KdaOptions) -> _Activated:
+    """Norms, gates and scale, in the compute dtype; queries and keys repeated for their value heads."""
+    dtype = _compute_dtype(x.q)
+    q, k, v, g, beta = (t.to(dtype) for t in x[:5])
+    if o.use_qk_l2norm_in_kernel:
+        q, k = l2norm(q), l2norm(k)
+    q = q * o.scale
+    group = v.shape[2] // q.shape[2]
+    if group > 1:
+        q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
+    g = log_decay(g, x.A_log, x.dt_bias, use_gate_in_kernel=o.use_gate_in_kernel, lower_bound=o.lower_bound)
+    beta = beta_activation(
+        beta, use_beta_sigmoid_in_kernel=o.use_beta_sigmoid_in_kernel, allow_neg_eigval=o.allow_neg_eigval
+    )
+    return _Activated(q, k, v, g, beta)
+
+
+def _prepare(layout: _Layout, x: _Activated, c0: int, c1: int) -> _Chunks:
+    q, k, v, g, beta = (layout.split(t, c0, c1) for t in x)
     levels, from_start, to_end = _levels(g)
-    n, M, C, _ = k.shape
+    n, M, C, K = k.shape
     N, P = k.new_zeros(n, M, C, C), k.new_zeros(n, M, C, C)
     P.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
     for level in levels:
@@ -237,8 +295,12 @@ def _prepare(layout: _Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: 
         right = (k_lo * level.lo_decay).mT
         _score_blocks(N, level.size).copy_((k_hi * level.hi_decay) @ right)
         _score_blocks(P, level.size).copy_((_halves(q, level.size)[1] * level.hi_decay) @ right)
+    Kd, L = k * from_start, beta * N
+    AV, AKd = _solve(L, beta * torch.cat((v, Kd), -1)).split((v.shape[-1], K), -1)
     gamma = from_start[:, :, -1].unsqueeze(-1)
-    return _Chunks(q, k, v, beta, levels, from_start, to_end, gamma, N, P)
+    return _Chunks(
+        q, k, v, beta, levels, from_start, to_end, gamma, Kd, q * from_start, k * to_end, N, L, P, AV, AKd
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,94 +309,95 @@ def _prepare(layout: _Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: 
 
 
 class _StateRows:
-    """The running state of the scan, with the sequences' own rows ``[N + 1, HV, K, V]`` behind a packed layout.
+    """The running state of a scan, and the sequences' own rows ``[N, HV, K, V]``.
 
     Dense layouts carry ``[B * HV, K, V]`` for all sequences at once. Packed ones carry ``[HV, K, V]``, take over a
-    sequence's row where it begins, and store into it after every chunk, so that the last one remains. Row ``N``
-    belongs to chunks of no sequence.
+    sequence's row where it begins, and store into it after every chunk, so that the last one remains. Chunks of no
+    sequence have a row of their own behind the others.
     """
 
-    def __init__(self, layout: _Layout, rows: Tensor) -> None:
-        self.layout = layout
+    def __init__(self, layout: _Layout, rows: Tensor, *, reverse: bool = False) -> None:
         self.shape = rows.shape
         if isinstance(layout, _PackedLayout):
+            self.seq: Tensor | None = layout.seq
+            self.begins = layout.last if reverse else layout.first
             self.rows = torch.cat((rows, torch.zeros_like(rows[:1])))
             self.state = torch.zeros_like(rows[0])
         else:
+            self.seq = None
             self.state = rows.flatten(0, 1)
 
-    def enter(self, c: int, begins: Tensor | None) -> Tensor:
-        if isinstance(self.layout, _PackedLayout):
-            assert begins is not None
-            row = self.rows.index_select(0, self.layout.seq[c : c + 1])[0]
-            self.state = torch.where(begins[c], row, self.state)
+    def enter(self, c: int) -> Tensor:
+        if self.seq is not None:
+            row = self.rows.index_select(0, self.seq[c : c + 1])[0]
+            self.state = torch.where(self.begins[c], row, self.state)
         return self.state
 
     def leave(self, c: int, state: Tensor) -> None:
         self.state = state
-        if isinstance(self.layout, _PackedLayout):
-            self.rows.index_copy_(0, self.layout.seq[c : c + 1], state.unsqueeze(0))
+        if self.seq is not None:
+            self.rows.index_copy_(0, self.seq[c : c + 1], state.unsqueeze(0))
 
     def result(self) -> Tensor:
-        if isinstance(self.layout, _PackedLayout):
-            return self.rows[:-1]
-        return self.state.reshape(self.shape)
-
-
-class _Scan(NamedTuple):
-    U: Tensor  # [n, M, C, V]
-    inter: Tensor  # [n, M, C, V]: Qd S, the part of the output that comes from before the chunk
-    final: Tensor  # [N, HV, K, V]
-    entering: Tensor | None  # [n, M, K, V]
-    leaving: Tensor | None  # [n, M, K, V]
+        return self.state.view(self.shape) if self.seq is None else self.rows[:-1]
 
 
 def _scan_forward(
-    layout: _Layout, x: _Chunks, initial: Tensor, *, keep_entering: bool = False, keep_leaving: bool = False
-) -> _Scan:
+    x: _Chunks, rows: _StateRows, c0: int, *, entering: Tensor | None = None, leaving: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Advance the state over the chunks ``x`` that start at ``c0``. Returns ``U`` and ``Qd S``, both ``[n, M, C, V]``."""
     n, M, C, V = x.v.shape
-    K = x.k.shape[-1]
-    Kd, Qd, Kr = x.k * x.from_start, x.q * x.from_start, x.k * x.to_end
-    solved = _solve(x.L, x.beta * torch.cat((x.v, Kd), -1))
-    AV, AKd = solved.split((V, K), -1)
-    readers = torch.cat((AKd, Qd), -2)  # one product reads the state for both
-    Kr_t = Kr.mT
+    readers = torch.cat((x.AKd, x.Qd), -2)  # one product reads the state for both
+    Kr_t = x.Kr.mT
     U, inter = x.v.new_empty(n, M, C, V), x.v.new_empty(n, M, C, V)
-    entering = x.v.new_empty(n, M, K, V) if keep_entering else None
-    leaving = x.v.new_empty(n, M, K, V) if keep_leaving else None
-    rows = _StateRows(layout, initial)
-    begins = layout.first if isinstance(layout, _PackedLayout) else None
     for c in range(n):
-        S = rows.enter(c, begins)
+        S = rows.enter(c0 + c)
         if entering is not None:
-            entering[c] = S
+            entering[c0 + c] = S
         read = readers[c] @ S
-        torch.sub(AV[c], read[:, :C], out=U[c])
+        torch.sub(x.AV[c], read[:, :C], out=U[c])
         inter[c] = read[:, C:]
         S = torch.baddbmm(S * x.gamma[c], Kr_t[c], U[c])
         if leaving is not None:
-            leaving[c] = S
-        rows.leave(c, S)
-    return _Scan(U, inter, rows.result(), entering, leaving)
+            leaving[c0 + c] = S
+        rows.leave(c0 + c, S)
+    return U, inter
 
 
-def _scan_backward(layout: _Layout, x: _Chunks, dO: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward scan reversed. Returns ``dW``, the gradient of each chunk's leaving state, and that of the initial."""
+def _scan_backward(x: _Chunks, dO: Tensor, rows: _StateRows, c0: int) -> tuple[Tensor, Tensor]:
+    """The forward scan reversed. Returns ``dW`` and the gradient of each chunk's leaving state."""
     n, M, C, V = x.v.shape
     K = x.k.shape[-1]
-    Kd_t, Kr = (x.k * x.from_start).mT, x.k * x.to_end
-    read_by_output = (x.q * x.from_start).mT @ dO
-    solved = _solve(x.L, torch.cat((x.P.mT @ dO, Kr), -1), transpose=True)
-    seed, reader = (x.beta * solved).split((V, K), -1)
+    Kd_t, read_by_output = x.Kd.mT, x.Qd.mT @ dO
+    seed, reader = (x.beta * _solve(x.L, torch.cat((x.P.mT @ dO, x.Kr), -1), transpose=True)).split((V, K), -1)
     dW, dleaving = x.v.new_empty(n, M, C, V), x.v.new_empty(n, M, K, V)
-    rows = _StateRows(layout, dfinal)
-    begins = layout.last if isinstance(layout, _PackedLayout) else None
     for c in reversed(range(n)):
-        dS = rows.enter(c, begins)
+        dS = rows.enter(c0 + c)
         dleaving[c] = dS
-        torch.baddbmm(seed[c], reader[c], dS, out=dW[c])
-        rows.leave(c, torch.baddbmm(dS * x.gamma[c] + read_by_output[c], Kd_t[c], dW[c], alpha=-1))
-    return dW, dleaving, rows.result()
+        dW[c] = torch.baddbmm(seed[c], reader[c], dS)
+        rows.leave(c0 + c, torch.baddbmm(dS * x.gamma[c] + read_by_output[c], Kd_t[c], dW[c], alpha=-1))
+    return dW, dleaving
+
+
+def _forward(
+    layout: _Layout,
+    x: _Inputs,
+    initial: Tensor,
+    options: KdaOptions,
+    *,
+    entering: Tensor | None = None,
+    leaving: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``[B, T, HV, V]`` and final states ``[N, HV, K, V]`` in the compute dtype."""
+    _, _, HV, V = x.v.shape
+    o = initial.new_empty(layout.batch, layout.rows, HV, V)
+    states = _StateRows(layout, initial)
+    for c0, c1 in _segments(layout, x.v, x.q.shape[-1]):
+        chunks = _prepare(layout, _activate(_take(layout, x, c0, c1), options), c0, c1)
+        U, inter = _scan_forward(chunks, states, c0, entering=entering, leaving=leaving)
+        rows = o[:, c0 * layout.chunk : c1 * layout.chunk]
+        rows.copy_(_merge(layout, inter + chunks.P @ U, rows.shape[1]))
+    return layout.finish(o), states.result()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,47 +409,13 @@ def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-class _Activated(NamedTuple):
-    q: Tensor  # [B, T, HV, K], scaled
-    k: Tensor
-    v: Tensor
-    g: Tensor  # log decay
-    beta: Tensor
-
-
-def _activate(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, o: KdaOptions
-) -> _Activated:
-    dtype = _compute_dtype(q)
-    group = v.shape[2] // q.shape[2]
-    q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
-    if o.use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    q = q * o.scale
-    if group > 1:
-        q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
-    g = log_decay(g, A_log, dt_bias, use_gate_in_kernel=o.use_gate_in_kernel, lower_bound=o.lower_bound)
-    beta = beta_activation(
-        beta, use_beta_sigmoid_in_kernel=o.use_beta_sigmoid_in_kernel, allow_neg_eigval=o.allow_neg_eigval
-    )
-    return _Activated(q, k, v, g, beta)
-
-
-def _state_rows(state: Tensor | None, layout: _Layout, v: Tensor, K: int, dtype: torch.dtype, v_first: bool) -> Tensor:
+def _initial_rows(state: Tensor | None, layout: _Layout, x: _Inputs, v_first: bool) -> Tensor:
     """A state argument as ``[N, HV, K, V]`` in the compute dtype, zeros where absent. Never the argument itself."""
+    K, dtype = x.q.shape[-1], _compute_dtype(x.q)
     if state is None:
-        return v.new_zeros(layout.sequences, v.shape[2], K, v.shape[3], dtype=dtype)
+        return x.v.new_zeros(layout.sequences, x.v.shape[2], K, x.v.shape[3], dtype=dtype)
     state = state.mT if v_first else state
     return state.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _forward(
-    layout: _Layout, x: _Activated, initial: Tensor, *, keep_entering: bool = False, keep_leaving: bool = False
-) -> tuple[Tensor, _Scan]:
-    """Outputs ``[B, T, HV, V]`` in the compute dtype, and the scan behind them."""
-    chunks = _prepare(layout, *x)
-    scan = _scan_forward(layout, chunks, initial, keep_entering=keep_entering, keep_leaving=keep_leaving)
-    return layout.join(scan.inter + chunks.P @ scan.U), scan
 
 
 def num_checkpoints(T: int, sequences: int, interval: int, *, packed: bool) -> int:
@@ -400,14 +429,12 @@ def _checkpoints(layout: _Layout, entering: Tensor, every: int, v_first: bool) -
     """States that enter every ``every``-th chunk of a sequence, ``[B, NT, HV, ...]``; rows of no sequence are zero."""
     n, _, K, V = entering.shape
     if isinstance(layout, _DenseLayout):
-        states = entering[::every].view(-(-n // every), layout.B, -1, K, V).transpose(0, 1)
+        states = entering[::every].view(-(-n // every), layout.batch, -1, K, V).transpose(0, 1)
     else:
         NT = num_checkpoints(layout.T, layout.sequences, layout.chunk * every, packed=True)
-        kept = (layout.seq < layout.sequences) & (layout.position % every == 0)
+        kept = layout.used & (layout.position % every == 0)
         row = torch.where(kept, kept.cumsum(0) - 1, NT)
-        states = entering.new_zeros(NT + 1, *entering.shape[1:])
-        states.index_copy_(0, row, torch.where((row < NT)[:, None, None, None], entering, 0))
-        states = states[:NT].unsqueeze(0)
+        states = entering.new_zeros(NT + 1, *entering.shape[1:]).index_copy_(0, row, entering)[:NT].unsqueeze(0)
     return (states.mT if v_first else states).contiguous()
 
 
@@ -427,21 +454,19 @@ def chunk_kda(
     checkpoint_interval: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, final state and (with ``checkpoint_interval``) intermediate states of ``flashkda::chunk_kda``."""
-    K, dtype = q.shape[-1], _compute_dtype(q)
-    chunk = CHUNK
-    while checkpoint_interval % chunk:
-        chunk //= 2
+    x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
+    chunk = math.gcd(CHUNK, checkpoint_interval)
     layout = _layout(q, cu_seqlens, chunk)
-    initial = _state_rows(initial_state, layout, v, K, dtype, state_v_first)
-    if q.numel() == 0 or v.numel() == 0:
-        o, final, entering = v.new_zeros(v.shape), initial, initial.new_zeros(0, initial.shape[1], *initial.shape[2:])
-    else:
-        x = _activate(q, k, v, g, beta, A_log, dt_bias, options)
-        o, scan = _forward(layout, x, initial, keep_entering=checkpoint_interval > 0)
-        final, entering = scan.final, scan.entering
-    states = None
+    initial = _initial_rows(initial_state, layout, x, state_v_first)
+    entering = None
     if checkpoint_interval:
-        states = _checkpoints(layout, entering, checkpoint_interval // chunk, state_v_first)
+        entering = initial.new_empty(layout.chunks, layout.batch * v.shape[2], *initial.shape[2:])
+    if v.numel() and q.numel():
+        o, final = _forward(layout, x, initial, options, entering=entering)
+    else:
+        o, final = v.new_zeros(v.shape), initial
+        entering = None if entering is None else entering.zero_()
+    states = None if entering is None else _checkpoints(layout, entering, checkpoint_interval // chunk, state_v_first)
     return o.to(v.dtype), (final.mT if state_v_first else final).contiguous(), states
 
 
@@ -463,70 +488,100 @@ def chunk_kda_backward(
 ) -> Gradients:
     """Gradients of :func:`chunk_kda` from the cotangents of its output and final state, either absent.
 
-    The formulas are those of ``docs/backward.md``; the forward factors and states are recomputed.
+    The formulas are those of ``docs/backward.md``. The states between chunks are recomputed and kept, everything else
+    is recomputed where it is used.
     """
-    K, HV, dtype = q.shape[-1], v.shape[2], _compute_dtype(q)
+    x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
+    dtype = _compute_dtype(q)
     layout = _layout(q, cu_seqlens, CHUNK)
-    initial = _state_rows(initial_state, layout, v, K, dtype, state_v_first)
-    dfinal = _state_rows(dht, layout, v, K, dtype, state_v_first)
-    x = _activate(q, k, v, g, beta, A_log, dt_bias, options)
-    chunks = _prepare(layout, *x)
-    scan = _scan_forward(layout, chunks, initial, keep_entering=True)
-    S, U = scan.entering, scan.U
-    assert S is not None
-    dO = layout.split(torch.zeros_like(x.v) if do is None else do.to(dtype))
-    dW, dleaving, dinitial = _scan_backward(layout, chunks, dO, dfinal)
+    dstates = _StateRows(layout, _initial_rows(dht, layout, x, state_v_first), reverse=True)
+    buffers = _Inputs(
+        *(t.new_empty(layout.batch, layout.rows, *t.shape[2:]) for t in x[:5]),
+        None if A_log is None else torch.zeros_like(A_log, dtype=dtype),
+        None if dt_bias is None else torch.zeros_like(dt_bias, dtype=dtype).view(v.shape[2], -1),
+    )
+    if v.numel() and q.numel():
+        initial = _initial_rows(initial_state, layout, x, state_v_first)
+        entering = initial.new_empty(layout.chunks, layout.batch * v.shape[2], *initial.shape[2:])
+        _forward(layout, x, initial, options, entering=entering)
+        for c0, c1 in reversed(_segments(layout, v, q.shape[-1])):
+            taken = _take(layout, x, c0, c1)
+            dtaken = torch.zeros_like(taken.v) if do is None else layout.take(do, c0, c1)
+            _segment_backward(layout, taken, dtaken, entering[c0:c1], dstates, options, buffers, c0, c1)
+    grads = [layout.finish(t) for t in buffers[:5]]
+    dinitial = dstates.result()
+    return Gradients(
+        *grads[:4],
+        grads[4].squeeze(-1),
+        None if A_log is None or buffers.A_log is None else buffers.A_log.to(A_log.dtype),
+        None if dt_bias is None or buffers.dt_bias is None else buffers.dt_bias.to(dt_bias.dtype).view(dt_bias.shape),
+        None if initial_state is None else (dinitial.mT if state_v_first else dinitial).contiguous(),
+    )
 
-    # The triangular solve, then everything that is independent between chunks. With dW = beta * Y kept instead of Y,
-    # beta's rows divide out: dN = beta * dL = -strict_lower(dW U^T), and dbeta is taken from Y itself.
-    Kd, Kr = chunks.k * chunks.from_start, chunks.k * chunks.to_end
-    dU = chunks.P.mT @ dO + Kr @ dleaving
-    Y = _solve(chunks.L, dU, transpose=True)
+
+def _segment_backward(
+    layout: _Layout,
+    taken: _Inputs,
+    do: Tensor,
+    S: Tensor,
+    dstates: _StateRows,
+    options: KdaOptions,
+    grads: _Inputs,
+    c0: int,
+    c1: int,
+) -> None:
+    """One segment of the backward pass: fills its rows of ``grads`` and adds to those of ``A_log`` and ``dt_bias``."""
+    activated = _activate(taken, options)
+    x = _prepare(layout, activated, c0, c1)
+    dO = layout.split(do.to(x.v.dtype), c0, c1)
+    U = x.AV - x.AKd @ S
+    dW, dleaving = _scan_backward(x, dO, dstates, c0)
+
+    Y = _solve(x.L, x.P.mT @ dO + x.Kr @ dleaving, transpose=True)
     dP = (dO @ U.mT).tril()
     dL = -(Y @ U.mT).tril(-1)
-    dN = chunks.beta * dL
-    dbeta = (Y * (chunks.v - Kd @ S)).sum(-1, keepdim=True) + (dL * chunks.N).sum(-1, keepdim=True)
+    dN = x.beta * dL
+    dbeta = (Y * (x.v - x.Kd @ S)).sum(-1, keepdim=True) + (dL * x.N).sum(-1, keepdim=True)
     dKr = U @ dleaving.mT
-    dq = chunks.from_start * (dO @ S.mT)
-    k_up = -chunks.from_start * (dW @ S.mT)
-    k_down = chunks.to_end * dKr
-    for level in chunks.levels:
-        size, hi, lo = level.size, level.hi_decay, level.lo_decay
-        k_lo, k_hi = _halves(chunks.k, size)
-        q_hi = _halves(chunks.q, size)[1]
+    dq = x.from_start * (dO @ S.mT)
+    k_up = -x.from_start * (dW @ S.mT)
+    k_down = x.to_end * dKr
+    for size, hi, lo in x.levels:
+        k_lo, k_hi = _halves(x.k, size)
+        q_hi = _halves(x.q, size)[1]
         dP_block, dN_block = _score_blocks(dP, size), _score_blocks(dN, size)
         right = k_lo * lo
         _halves(dq, size)[1].add_(hi * (dP_block @ right))
         _halves(k_up, size)[1].add_(hi * (dN_block @ right))
         _halves(k_down, size)[0].add_(lo * (dP_block.mT @ (q_hi * hi) + dN_block.mT @ (k_hi * hi)))
-    dG = chunks.q * dq + chunks.k * (k_up - k_down)
-    dG[:, :, -1] += (dKr * Kr).sum(-2) + (chunks.gamma * dleaving * S).sum(-1)
+    dG = x.q * dq + x.k * (k_up - k_down)
+    dG[:, :, -1] += (dKr * x.Kr).sum(-2) + (x.gamma * dleaving * S).sum(-1)
     dg = dG.flip(-2).cumsum(-2).flip(-2)
     diagonal = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # a token reads itself undecayed: nothing for the gate
-    dq = dq + diagonal * chunks.k
-    dk = k_up + k_down + diagonal * chunks.q
+    dq = dq + diagonal * x.k
+    dk = k_up + k_down + diagonal * x.q
 
-    dq, dk, dv, dg = (layout.join(t) for t in (dq, dk, dW, dg))
-    dbeta = layout.join(dbeta).squeeze(-1)
-    dA_log, ddt_bias = None, None
+    rows = taken.v.shape[1]
+    dq, dk, dv, dg, dbeta = (_merge(layout, t, rows) for t in (dq, dk, dW, dg, dbeta))
     if options.use_gate_in_kernel:
-        dg, dA_log, ddt_bias = _gate_backward(dg, g, A_log, dt_bias, x.g, options.lower_bound, layout)
+        valid = None
+        if isinstance(layout, _PackedLayout):
+            valid = layout.row_valid[c0 * layout.chunk : c1 * layout.chunk, None, None]
+        dg, dA_log, ddt_bias = _gate_backward(dg, taken, activated.g, options.lower_bound, valid)
+        for total, part in ((grads.A_log, dA_log), (grads.dt_bias, ddt_bias)):
+            if total is not None and part is not None:
+                total += part
     if options.use_beta_sigmoid_in_kernel:
-        dbeta = dbeta * x.beta * (1 - x.beta / (2.0 if options.allow_neg_eigval else 1.0))
-    group = HV // q.shape[2]
+        dbeta = dbeta * activated.beta * (1 - activated.beta / (2.0 if options.allow_neg_eigval else 1.0))
+    group = taken.v.shape[2] // taken.q.shape[2]
     if group > 1:
         dq, dk = (t.unflatten(2, (-1, group)).sum(3) for t in (dq, dk))
     dq = dq * options.scale
     if options.use_qk_l2norm_in_kernel:
-        dq, dk = _l2norm_backward(dq, q), _l2norm_backward(dk, k)
-    if isinstance(layout, _PackedLayout):  # the pieces above multiply by inputs, which may be NaN in padding rows
-        outside = ~layout.token_valid[:, None]
-        dbeta = dbeta.masked_fill(outside, 0)
-        dq, dk, dg = (t.masked_fill(outside.unsqueeze(-1), 0) for t in (dq, dk, dg))
-    dh0 = None if initial_state is None else (dinitial.mT if state_v_first else dinitial).contiguous()
-    return Gradients(
-        dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(g.dtype), dbeta.to(beta.dtype), dA_log, ddt_bias, dh0
-    )
+        dq, dk = _l2norm_backward(dq, taken.q), _l2norm_backward(dk, taken.k)
+    start = c0 * layout.chunk
+    for out, part in zip(grads[:5], (dq, dk, dv, dg, dbeta), strict=True):
+        out[:, start : start + rows] = part
 
 
 def _l2norm_backward(dx_hat: Tensor, x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -537,33 +592,27 @@ def _l2norm_backward(dx_hat: Tensor, x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def _gate_backward(
-    dg: Tensor,
-    g: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    decay: Tensor,
-    lower_bound: float | None,
-    layout: _Layout,
+    dg: Tensor, x: _Inputs, decay: Tensor, lower_bound: float | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Through the gate: gradients of ``g``, ``A_log`` and ``dt_bias`` from those of the log decay."""
-    z = g.to(dg.dtype)
-    if dt_bias is not None:
-        z = z + dt_bias.to(dg.dtype).view(g.shape[-2:])
-    a = None if A_log is None else A_log.to(dg.dtype).exp().unsqueeze(-1)
+    """Through the gate: gradients of ``g``, ``A_log`` and ``dt_bias`` from that of the log decay ``decay``.
+
+    ``valid`` marks the rows that hold a token; the others must not reach the sums.
+    """
+    z = x.g.to(dg.dtype)
+    if x.dt_bias is not None:
+        z = z + x.dt_bias.to(dg.dtype).view(z.shape[-2:])
+    a = None if x.A_log is None else x.A_log.to(dg.dtype).exp().unsqueeze(-1)
     if lower_bound is not None:
-        s = decay / lower_bound
-        dscaled = dg * decay * (1 - s)  # the gradient of a * z
+        dscaled = dg * decay * (1 - decay / lower_bound)  # the gradient of a * z
         dz = dscaled if a is None else dscaled * a
-        dlog_a = dscaled * z if a is None else dz * z
+        dlog_a = dz * z
     else:
         assert a is not None
         dz = -dg * a * torch.sigmoid(z)
         dlog_a = dg * decay
-    if isinstance(layout, _PackedLayout):
-        dz, dlog_a = (torch.where(layout.token_valid[:, None, None], t, 0) for t in (dz, dlog_a))
-    dA_log = None if A_log is None else dlog_a.sum((0, 1, 3)).to(A_log.dtype)
-    ddt_bias = None if dt_bias is None else dz.sum((0, 1)).to(dt_bias.dtype).view(dt_bias.shape)
-    return dz, dA_log, ddt_bias
+    if valid is not None:
+        dz, dlog_a = torch.where(valid, dz, 0), torch.where(valid, dlog_a, 0)
+    return dz, dlog_a.sum((0, 1, 3)), dz.sum((0, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,18 +662,18 @@ def chunk_kda_paged(
     if q.numel() == 0 or v.numel() == 0 or state_pool.shape[0] == 0:
         return v.new_zeros(v.shape)
     dtype = _compute_dtype(q)
+    x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
     layout = _layout(q, cu_seqlens, longest)
     slots = state_indices.long()
     valid = (slots >= 0) & (slots < state_pool.shape[0])
     started = valid if has_initial_state is None else valid & has_initial_state
     initial = _read_rows(state_pool, slots, started, dtype, state_v_first)
-    x = _activate(q, k, v, g, beta, A_log, dt_bias, options)
-    o, scan = _forward(layout, x, initial)
+    o, final = _forward(layout, x, initial, options)
     if isinstance(layout, _PackedLayout):
         written, token_valid = valid & ~layout.empty, valid[layout.token_seq].view(1, -1, 1, 1)
     else:
         written, token_valid = valid, valid.view(-1, 1, 1, 1)
-    _write_rows(state_pool, slots, written, scan.final, state_v_first)
+    _write_rows(state_pool, slots, written, final, state_v_first)
     return torch.where(token_valid, o, 0).to(v.dtype)
 
 
@@ -667,15 +716,14 @@ def recurrent_kda_paged(
         valid = (column >= 0) & (column < width)
         start = slots.gather(1, torch.where(valid, column, 0).unsqueeze(1)).squeeze(1)
     valid = valid & (start >= 0) & (start < P)
+    x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
     layout = _layout(q, cu_seqlens, 1)
-    x = _activate(q, k, v, g, beta, A_log, dt_bias, options)
     initial = _read_rows(state_pool, start, valid, dtype, state_v_first)
-    o, scan = _forward(layout, x, initial, keep_leaving=True)
-    assert scan.leaving is not None
-    leaving = scan.leaving.unflatten(1, (-1, v.shape[2])).flatten(0, 1)  # one state a token, [tokens, HV, K, V]
-    if isinstance(layout, _PackedLayout):  # chunks of one token: chunk c holds the c-th token of a sequence
-        seq, position = layout.seq.clamp(max=N - 1), layout.position
-        used = layout.seq < N
+    leaving = initial.new_empty(layout.chunks, layout.batch * v.shape[2], *initial.shape[2:])
+    o, _ = _forward(layout, x, initial, options, leaving=leaving)
+    leaving = leaving.unflatten(1, (-1, v.shape[2])).flatten(0, 1)  # one state a token, [tokens, HV, K, V]
+    if isinstance(layout, _PackedLayout):  # chunks of one token: chunk c holds token `position` of its sequence
+        seq, position, used = layout.seq.clamp(max=N - 1), layout.position, layout.used
         token_valid = valid[layout.token_seq].view(1, -1, 1, 1)
     else:
         T = q.shape[1]

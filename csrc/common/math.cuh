@@ -1,0 +1,36 @@
+// fp32 functions from the special function unit, each good to a few ulp. tanh.approx, which would give a sigmoid in one
+// instruction, is wrong by as much as a slow gate is large.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace flashkda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float exp(float x) { return ex2(x * kLog2e); }
+
+__device__ __forceinline__ float sigmoid(float x) { return rcp(1.f + exp(-x)); }
+
+// log1pf, not lg2 of a sum: very negative x must keep its relative precision.
+__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(exp(-fabsf(x))); }
+
+}  // namespace flashkda

@@ -1,0 +1,99 @@
+// Loads and stores by width. The asm is volatile so that ptxas issues loads where the source has them: a kernel bound by
+// memory is written in the order in which its loads should leave.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace flashkda {
+
+// Data that is used once a launch and need not displace anything from L2.
+__device__ __forceinline__ float4 load_streaming(const float4* address) {
+  float4 x;
+  asm volatile("ld.global.cs.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(address)
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_streaming(float4* address, float4 x) {
+  asm volatile("st.global.cs.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
+// Read-only data that several warps want.
+__device__ __forceinline__ uint4 load_16_bytes(const void* address) {
+  uint4 x;
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(address));
+  return x;
+}
+
+__device__ __forceinline__ uint2 load_8_bytes(const void* address) {
+  uint2 x;
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(address));
+  return x;
+}
+
+__device__ __forceinline__ float load_float(const float* address) {
+  float x;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(address));
+  return x;
+}
+
+__device__ __forceinline__ uint16_t load_2_bytes(const void* address) {
+  uint16_t x;
+  asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(x) : "l"(address));
+  return x;
+}
+
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float2 to_float2(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 to_float2(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <typename T>
+struct Packed2;
+template <>
+struct Packed2<__half> {
+  using type = __half2;
+};
+template <>
+struct Packed2<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+
+template <typename T>
+__device__ __forceinline__ T from_bits(uint16_t bits) {
+  T x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+template <typename T>
+__device__ __forceinline__ float4 unpack4(uint2 bits) {
+  using T2 = typename Packed2<T>::type;
+  T2 low, high;
+  memcpy(&low, &bits.x, sizeof(low));
+  memcpy(&high, &bits.y, sizeof(high));
+  const float2 a = to_float2(low), b = to_float2(high);
+  return make_float4(a.x, a.y, b.x, b.y);
+}
+
+}  // namespace flashkda

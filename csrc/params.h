@@ -1,0 +1,60 @@
+// What crosses from host to kernel: plain structs of addresses, sizes and strides. Nothing here knows of torch or Python.
+#pragma once
+
+#include <cstdint>
+
+namespace flashkda {
+
+enum class Dtype : int { kFloat32, kFloat16, kBFloat16 };
+
+// How the log decay comes from g:
+//   kPrecomputed  g
+//   kBounded      lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
+//   kUnbounded    -exp(A_log) * softplus(g + dt_bias)
+enum class Gate : int { kPrecomputed, kBounded, kUnbounded };
+
+// Strides are in elements. A last dimension is contiguous, except where a stride is named for it.
+struct Strides {
+  int64_t sequence;
+  int64_t head;
+};
+
+// One token a sequence. The state of (sequence, value head) is read and written in place, fp32 [V, K], in row
+// state_indices[sequence] of the pool. A row outside [0, pool_rows) marks padding: no state is touched, o is zero.
+struct RecurrentKdaParams {
+  const void* q;              // [sequences, heads, K]         dtype
+  const void* k;              // [sequences, heads, K]         dtype
+  const void* v;              // [sequences, value_heads, V]   dtype
+  const void* g;              // [sequences, value_heads, K]   g_dtype: dtype or fp32
+  const void* beta;           // [sequences, value_heads]      beta_dtype: dtype or fp32
+  void* o;                    // [sequences, value_heads, V]   dtype
+  float* state_pool;          // [pool_rows, value_heads, V, K], a row dense
+  const void* state_indices;  // [sequences]                   int32 or int64
+  const float* A_log;         // [value_heads], or null for a factor of 1
+  const float* dt_bias;       // [value_heads, K], or null for 0
+
+  Strides q_stride, k_stride, v_stride, g_stride, beta_stride, o_stride;
+  int64_t pool_stride;
+  int64_t index_stride;
+
+  int64_t sequences;
+  int64_t pool_rows;
+  int heads;
+  int value_heads;
+  int head_dim_k;
+  int head_dim_v;
+
+  Dtype dtype;
+  Dtype g_dtype;
+  Dtype beta_dtype;
+  bool index_is_64bit;
+
+  Gate gate;
+  float lower_bound;
+  float scale;
+  bool qk_l2norm;
+  bool beta_sigmoid;
+  float beta_factor;  // 2 where negative eigenvalues are allowed, else 1; applies after the sigmoid
+};
+
+}  // namespace flashkda
