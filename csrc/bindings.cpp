@@ -3,15 +3,19 @@
 // An op is one function here, taking keywords alone, that fills the op's params, has them checked and launches. Tensors are
 // described in flashkda_ops/cuda.py; validation for users happens before that, in the op itself.
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 #include <cutlass/version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "params.h"
 #include "sm90/recurrent_kda/config.h"
@@ -50,7 +54,96 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Strides strides(const std::array<int64_t, 2>& sequence_and_head) { return {sequence_and_head[0], sequence_and_head[1]}; }
+// A tensor of one token a sequence: its address, and its strides over sequences and heads.
+using View = std::tuple<uintptr_t, int64_t, int64_t>;
+
+void set(const void*& base, Strides& stride, const View& view) {
+  base = pointer(std::get<0>(view));
+  stride = {std::get<1>(view), std::get<2>(view)};
+}
+
+// rows_per_warp: 0 leaves the choice to config.h.
+void recurrent_kda_paged(const View& o, const View& q, const View& k, const View& v, const View& g, const View& beta,
+                         uintptr_t state_pool, int64_t pool_rows, int64_t pool_stride, uintptr_t state_indices,
+                         int64_t index_stride, bool index_is_64bit, uintptr_t A_log, uintptr_t dt_bias, int64_t sequences,
+                         int heads, int value_heads, int head_dim_k, int head_dim_v, Dtype dtype, Dtype g_dtype,
+                         Dtype beta_dtype, Gate gate, float lower_bound, float scale, bool qk_l2norm, bool beta_sigmoid,
+                         float beta_factor, int rows_per_warp, int device, uintptr_t stream) {
+  RecurrentKdaParams p = {};
+  set(p.q, p.q_stride, q);
+  set(p.k, p.k_stride, k);
+  set(p.v, p.v_stride, v);
+  set(p.g, p.g_stride, g);
+  set(p.beta, p.beta_stride, beta);
+  p.o = pointer<void>(std::get<0>(o));
+  p.o_stride = {std::get<1>(o), std::get<2>(o)};
+  p.state_pool = pointer<float>(state_pool);
+  p.pool_rows = pool_rows;
+  p.pool_stride = pool_stride;
+  p.state_indices = pointer(state_indices);
+  p.index_stride = index_stride;
+  p.index_is_64bit = index_is_64bit;
+  p.A_log = pointer<const float>(A_log);
+  p.dt_bias = pointer<const float>(dt_bias);
+  p.sequences = sequences;
+  p.heads = heads;
+  p.value_heads = value_heads;
+  p.head_dim_k = head_dim_k;
+  p.head_dim_v = head_dim_v;
+  p.dtype = dtype;
+  p.g_dtype = g_dtype;
+  p.beta_dtype = beta_dtype;
+  p.gate = gate;
+  p.lower_bound = lower_bound;
+  p.scale = scale;
+  p.qk_l2norm = qk_l2norm;
+  p.beta_sigmoid = beta_sigmoid;
+  p.beta_factor = beta_factor;
+
+  if (const char* reason = recurrent_kda::unsupported(p)) {
+    throw std::invalid_argument(std::string("recurrent_kda_paged: ") + reason);
+  }
+  if (sequences == 0) return;
+  use_device(device);
+  if (rows_per_warp == 0) rows_per_warp = recurrent_kda::rows_per_warp(sequences, value_heads, sm_count(device));
+  const auto launch = dtype == Dtype::kBFloat16 ? recurrent_kda::launch<__nv_bfloat16> : recurrent_kda::launch<__half>;
+  check(launch(p, rows_per_warp, reinterpret_cast<cudaStream_t>(stream)), "recurrent_kda_paged");
+}
+
+std::string cuda_version() {
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
+std::string cutlass_version() {
+  return std::to_string(CUTLASS_MAJOR) + "." + std::to_string(CUTLASS_MINOR) + "." + std::to_string(CUTLASS_PATCH);
+}
 
 }  // namespace
 }  // namespace flashkda
+
+PYBIND11_MODULE(_C, m) {
+  using namespace py::literals;
+  using flashkda::Dtype;
+  using flashkda::Gate;
+
+  m.attr("cuda_archs") = FLASHKDA_CUDA_ARCHS;
+  m.attr("cuda_version") = flashkda::cuda_version();
+  m.attr("cutlass_version") = flashkda::cutlass_version();
+
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::kFloat32)
+      .value("float16", Dtype::kFloat16)
+      .value("bfloat16", Dtype::kBFloat16);
+  py::enum_<Gate>(m, "Gate")
+      .value("precomputed", Gate::kPrecomputed)
+      .value("bounded", Gate::kBounded)
+      .value("unbounded", Gate::kUnbounded);
+
+  m.def("recurrent_kda_rows_per_warp", &flashkda::recurrent_kda::rows_per_warp, "sequences"_a, "value_heads"_a,
+        "sm_count"_a);
+  m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, py::kw_only(), "o"_a, "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a,
+        "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "index_stride"_a, "index_is_64bit"_a, "A_log"_a,
+        "dt_bias"_a, "sequences"_a, "heads"_a, "value_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "g_dtype"_a,
+        "beta_dtype"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a,
+        "rows_per_warp"_a, "device"_a, "stream"_a);
+}

@@ -193,11 +193,11 @@ def _levels(g: Tensor) -> tuple[list[_Level], Tensor, Tensor]:
     while size <= C:
         prefix_lo, prefix_hi = _halves(prefix, size)
         suffix_lo, _ = _halves(suffix, size)
-        levels.append(_Level(size, prefix_hi.exp(), suffix_lo.exp()))
+        levels.append(_Level(size, _exp(prefix_hi), _exp(suffix_lo)))
         suffix_lo += prefix_hi[..., -1:, :]
         prefix_hi += prefix_lo[..., -1:, :]
         size *= 2
-    return levels, prefix.exp_(), suffix.exp_()
+    return levels, _exp(prefix), _exp(suffix)
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -215,11 +215,15 @@ def _score_blocks(scores: Tensor, size: int) -> Tensor:
     return blocks[:, :, half:, :half].permute(0, 1, 4, 2, 3)
 
 
-def _solve(L: Tensor, rhs: Tensor, *, transpose: bool = False) -> Tensor:
-    """``(I + L)^-1 rhs``, or ``(I + L)^-T rhs``, for strictly lower ``L``."""
-    if L.shape[-1] == 1:
-        return rhs
-    return torch.linalg.solve_triangular(L.mT if transpose else L, rhs, upper=transpose, unitriangular=True)
+def _inverse(L: Tensor) -> Tensor:
+    """``(I + L)^-1`` for strictly lower ``L``, by substitution."""
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    return torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True).contiguous()
+
+
+def _exp(x: Tensor) -> Tensor:
+    """``exp(x)``, zero where it is far below rounding: CPUs are many times slower on subnormal numbers."""
+    return F.threshold_(x.exp(), 1e-290 if x.dtype == torch.float64 else 1e-30, 0.0)
 
 
 @dataclass
@@ -235,13 +239,13 @@ class _Chunks:
     to_end: Tensor  # exp(G_C - G)
     gamma: Tensor  # [n, M, K, 1]: exp(G_C)
     Kd: Tensor
-    Qd: Tensor
     Kr: Tensor
     N: Tensor  # [n, M, C, C]: strictly lower Kd Ki^T
-    L: Tensor  # diag(beta) N
     P: Tensor  # [n, M, C, C]: lower Qd Ki^T
+    T: Tensor  # [n, M, C, C]: (I + diag(beta) N)^-1
+    A: Tensor  # T diag(beta)
     AV: Tensor
-    AKd: Tensor
+    readers: Tensor  # [n, M, 2 C, K]: A Kd over Qd, which one product with the state serves
 
 
 class _Inputs(NamedTuple):
@@ -295,12 +299,14 @@ def _prepare(layout: _Layout, x: _Activated, c0: int, c1: int) -> _Chunks:
         right = (k_lo * level.lo_decay).mT
         _score_blocks(N, level.size).copy_((k_hi * level.hi_decay) @ right)
         _score_blocks(P, level.size).copy_((_halves(q, level.size)[1] * level.hi_decay) @ right)
-    Kd, L = k * from_start, beta * N
-    AV, AKd = _solve(L, beta * torch.cat((v, Kd), -1)).split((v.shape[-1], K), -1)
+    Kd = k * from_start
+    T = _inverse(beta * N)
+    A = T * beta.mT
+    readers = k.new_empty(n, M, 2 * C, K)
+    readers[:, :, :C] = A @ Kd
+    torch.mul(q, from_start, out=readers[:, :, C:])
     gamma = from_start[:, :, -1].unsqueeze(-1)
-    return _Chunks(
-        q, k, v, beta, levels, from_start, to_end, gamma, Kd, q * from_start, k * to_end, N, L, P, AV, AKd
-    )  # fmt: skip
+    return _Chunks(q, k, v, beta, levels, from_start, to_end, gamma, Kd, k * to_end, N, P, T, A, A @ v, readers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,14 +353,13 @@ def _scan_forward(
 ) -> tuple[Tensor, Tensor]:
     """Advance the state over the chunks ``x`` that start at ``c0``. Returns ``U`` and ``Qd S``, both ``[n, M, C, V]``."""
     n, M, C, V = x.v.shape
-    readers = torch.cat((x.AKd, x.Qd), -2)  # one product reads the state for both
     Kr_t = x.Kr.mT
     U, inter = x.v.new_empty(n, M, C, V), x.v.new_empty(n, M, C, V)
     for c in range(n):
         S = rows.enter(c0 + c)
         if entering is not None:
             entering[c0 + c] = S
-        read = readers[c] @ S
+        read = x.readers[c] @ S
         torch.sub(x.AV[c], read[:, :C], out=U[c])
         inter[c] = read[:, C:]
         S = torch.baddbmm(S * x.gamma[c], Kr_t[c], U[c])
@@ -368,8 +373,8 @@ def _scan_backward(x: _Chunks, dO: Tensor, rows: _StateRows, c0: int) -> tuple[T
     """The forward scan reversed. Returns ``dW`` and the gradient of each chunk's leaving state."""
     n, M, C, V = x.v.shape
     K = x.k.shape[-1]
-    Kd_t, read_by_output = x.Kd.mT, x.Qd.mT @ dO
-    seed, reader = (x.beta * _solve(x.L, torch.cat((x.P.mT @ dO, x.Kr), -1), transpose=True)).split((V, K), -1)
+    Kd_t, read_by_output = x.Kd.mT, x.readers[:, :, C:].mT @ dO
+    seed, reader = (x.P @ x.A).mT @ dO, x.A.mT @ x.Kr
     dW, dleaving = x.v.new_empty(n, M, C, V), x.v.new_empty(n, M, K, V)
     for c in reversed(range(n)):
         dS = rows.enter(c0 + c)
@@ -534,14 +539,13 @@ def _segment_backward(
     activated = _activate(taken, options)
     x = _prepare(layout, activated, c0, c1)
     dO = layout.split(do.to(x.v.dtype), c0, c1)
-    U = x.AV - x.AKd @ S
+    U = x.AV - x.readers[:, :, : x.k.shape[2]] @ S
     dW, dleaving = _scan_backward(x, dO, dstates, c0)
 
-    Y = _solve(x.L, x.P.mT @ dO + x.Kr @ dleaving, transpose=True)
-    dP = (dO @ U.mT).tril()
-    dL = -(Y @ U.mT).tril(-1)
-    dN = x.beta * dL
-    dbeta = (Y * (x.v - x.Kd @ S)).sum(-1, keepdim=True) + (dL * x.N).sum(-1, keepdim=True)
+    Y = x.T.mT @ (x.P.mT @ dO + x.Kr @ dleaving)
+    dP = (dO @ U.mT).tril_()
+    dN = (dW @ U.mT).tril_(-1).neg_()
+    dbeta = (Y * (x.v - x.Kd @ S - x.N @ U)).sum(-1, keepdim=True)
     dKr = U @ dleaving.mT
     dq = x.from_start * (dO @ S.mT)
     k_up = -x.from_start * (dW @ S.mT)
