@@ -59,9 +59,10 @@ def archs() -> list[str]:
 
 
 def sources() -> list[str]:
-    """bindings.cpp and every kernel of the chosen architectures, relative to the root as setuptools wants them."""
+    """The bindings and every kernel of the chosen architectures, relative to the root as setuptools wants them."""
     kernels = {cu for arch in archs() for cu in (ROOT / "csrc" / ("sm" + arch.rstrip("af"))).rglob("*.cu")}
-    return ["csrc/bindings.cpp", *sorted(str(cu.relative_to(ROOT)) for cu in kernels)]
+    bindings = (ROOT / "csrc").glob("*.cpp")
+    return [str(source.relative_to(ROOT)) for source in (*sorted(bindings), *sorted(kernels))]
 
 
 def installed(module: str) -> Path:

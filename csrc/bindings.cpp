@@ -1,7 +1,7 @@
 // flashkda_ops._C: addresses, sizes, strides and a stream in, one launch out. Importing it makes no CUDA call.
 //
-// An op is one function here, taking keywords alone, that fills the op's params, has them checked and launches. Tensors are
-// described in flashkda_ops/cuda.py; validation for users happens before that, in the op itself.
+// An op is one function here, taking keywords alone, that fills the op's params, has them checked and launches. Tensors
+// are described in flashkda_ops/cuda.py; validation for users happens before that, in the op itself.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -31,8 +31,9 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// The caller has made `device` current in its own CUDA runtime. This one, linked statically, follows the driver's current
-// context, but may not have met it yet in this thread; nothing is restored, since nothing changes for the caller.
+// The caller has made `device` current in its own CUDA runtime. This one, linked statically, follows the driver's
+// current context, but may not have met it yet in this thread. Nothing is restored, since nothing changes for the
+// caller.
 void use_device(int device) {
   int current = -1;
   check(cudaGetDevice(&current), "cudaGetDevice");
@@ -65,10 +66,10 @@ void set(const void*& base, Strides& stride, const View& view) {
 // rows_per_warp: 0 leaves the choice to config.h.
 void recurrent_kda_paged(const View& o, const View& q, const View& k, const View& v, const View& g, const View& beta,
                          uintptr_t state_pool, int64_t pool_rows, int64_t pool_stride, uintptr_t state_indices,
-                         int64_t index_stride, bool index_is_64bit, uintptr_t A_log, uintptr_t dt_bias, int64_t sequences,
-                         int heads, int value_heads, int head_dim_k, int head_dim_v, Dtype dtype, Dtype g_dtype,
-                         Dtype beta_dtype, Gate gate, float lower_bound, float scale, bool qk_l2norm, bool beta_sigmoid,
-                         float beta_factor, int rows_per_warp, int device, uintptr_t stream) {
+                         int64_t index_stride, bool index_is_64bit, uintptr_t A_log, uintptr_t dt_bias,
+                         int64_t sequences, int heads, int value_heads, int head_dim_k, int head_dim_v, Dtype dtype,
+                         Dtype g_dtype, Dtype beta_dtype, Gate gate, float lower_bound, float scale, bool qk_l2norm,
+                         bool beta_sigmoid, float beta_factor, int rows_per_warp, int device, uintptr_t stream) {
   RecurrentKdaParams p = {};
   set(p.q, p.q_stride, q);
   set(p.k, p.k_stride, k);
@@ -141,9 +142,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("recurrent_kda_rows_per_warp", &flashkda::recurrent_kda::rows_per_warp, "sequences"_a, "value_heads"_a,
         "sm_count"_a);
-  m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, py::kw_only(), "o"_a, "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a,
-        "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "index_stride"_a, "index_is_64bit"_a, "A_log"_a,
-        "dt_bias"_a, "sequences"_a, "heads"_a, "value_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "g_dtype"_a,
-        "beta_dtype"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a,
-        "rows_per_warp"_a, "device"_a, "stream"_a);
+  m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, py::kw_only(), "o"_a, "q"_a, "k"_a, "v"_a, "g"_a,
+        "beta"_a, "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "index_stride"_a,
+        "index_is_64bit"_a, "A_log"_a, "dt_bias"_a, "sequences"_a, "heads"_a, "value_heads"_a, "head_dim_k"_a,
+        "head_dim_v"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a,
+        "beta_sigmoid"_a, "beta_factor"_a, "rows_per_warp"_a, "device"_a, "stream"_a);
 }

@@ -1,4 +1,5 @@
-// What crosses from host to kernel: plain structs of addresses, sizes and strides. Nothing here knows of torch or Python.
+// What crosses from host to kernel: plain structs of addresses, sizes and strides. Nothing here knows of torch or
+// Python.
 #pragma once
 
 #include <cstdint>

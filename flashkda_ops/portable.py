@@ -15,6 +15,7 @@ device, over a number of chunks that follows from the shapes alone. So the porta
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -180,24 +181,21 @@ class _Level(NamedTuple):
     lo_decay: Tensor  # [n, M, C / size, size / 2, K]: from each token of the first half to the midpoint
 
 
-def _levels(g: Tensor) -> tuple[list[_Level], Tensor, Tensor]:
-    """Decays between tokens of a chunk, from log decays ``g [n, M, C, K]``.
+def _levels(prefix: Tensor, suffix: Tensor) -> Iterator[_Level]:
+    """Decays between tokens of a chunk, level by level from pairs of tokens up to the whole chunk.
 
-    Returns the levels of the tree, the decay from the chunk's start to each token (its own included), and the decay
-    from each token (its own excluded) to the chunk's end.
+    ``prefix`` comes in as the log decays ``g [n, M, C, K]`` and ``suffix`` as zeros. Both grow in place: at a level of
+    blocks of ``size`` tokens they are the sums from a half block's start to each token (its own included), and from
+    each token (its own excluded) to the half block's end. In the end they are those of the whole chunk.
     """
-    C = g.shape[2]
-    prefix, suffix = g.clone(), torch.zeros_like(g)  # sums within blocks of size / 2 tokens, grown in place
-    levels = []
     size = 2
-    while size <= C:
+    while size <= prefix.shape[2]:
         prefix_lo, prefix_hi = _halves(prefix, size)
         suffix_lo, _ = _halves(suffix, size)
-        levels.append(_Level(size, _exp(prefix_hi), _exp(suffix_lo)))
+        yield _Level(size, _exp(prefix_hi), _exp(suffix_lo))
         suffix_lo += prefix_hi[..., -1:, :]
         prefix_hi += prefix_lo[..., -1:, :]
         size *= 2
-    return levels, _exp(prefix), _exp(suffix)
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -234,18 +232,19 @@ class _Chunks:
     k: Tensor
     v: Tensor
     beta: Tensor  # [n, M, C, 1]
-    levels: list[_Level]
+    g: Tensor  # log decay
     from_start: Tensor  # exp(G)
     to_end: Tensor  # exp(G_C - G)
     gamma: Tensor  # [n, M, K, 1]: exp(G_C)
     Kd: Tensor
+    Qd: Tensor
     Kr: Tensor
     N: Tensor  # [n, M, C, C]: strictly lower Kd Ki^T
     P: Tensor  # [n, M, C, C]: lower Qd Ki^T
     T: Tensor  # [n, M, C, C]: (I + diag(beta) N)^-1
     A: Tensor  # T diag(beta)
     AV: Tensor
-    readers: Tensor  # [n, M, 2 C, K]: A Kd over Qd, which one product with the state serves
+    AKd: Tensor
 
 
 class _Inputs(NamedTuple):
@@ -290,23 +289,23 @@ def _activate(x: _Inputs, o: KdaOptions) -> _Activated:
 
 def _prepare(layout: _Layout, x: _Activated, c0: int, c1: int) -> _Chunks:
     q, k, v, g, beta = (layout.split(t, c0, c1) for t in x)
-    levels, from_start, to_end = _levels(g)
-    n, M, C, K = k.shape
+    n, M, C, _ = k.shape
+    prefix, suffix = g.clone(), torch.zeros_like(g)
     N, P = k.new_zeros(n, M, C, C), k.new_zeros(n, M, C, C)
     P.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
-    for level in levels:
-        k_lo, k_hi = _halves(k, level.size)
-        right = (k_lo * level.lo_decay).mT
-        _score_blocks(N, level.size).copy_((k_hi * level.hi_decay) @ right)
-        _score_blocks(P, level.size).copy_((_halves(q, level.size)[1] * level.hi_decay) @ right)
+    for size, hi, lo in _levels(prefix, suffix):
+        k_lo, k_hi = _halves(k, size)
+        right = (k_lo * lo).mT
+        _score_blocks(N, size).copy_((k_hi * hi) @ right)
+        _score_blocks(P, size).copy_((_halves(q, size)[1] * hi) @ right)
+    from_start, to_end = _exp(prefix), _exp(suffix)
     Kd = k * from_start
     T = _inverse(beta * N)
     A = T * beta.mT
-    readers = k.new_empty(n, M, 2 * C, K)
-    readers[:, :, :C] = A @ Kd
-    torch.mul(q, from_start, out=readers[:, :, C:])
     gamma = from_start[:, :, -1].unsqueeze(-1)
-    return _Chunks(q, k, v, beta, levels, from_start, to_end, gamma, Kd, k * to_end, N, P, T, A, A @ v, readers)
+    return _Chunks(
+        q, k, v, beta, g, from_start, to_end, gamma, Kd, q * from_start, k * to_end, N, P, T, A, A @ v, A @ Kd
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,11 +332,11 @@ class _StateRows:
             self.seq = None
             self.state = rows.flatten(0, 1)
 
-    def enter(self, c: int) -> Tensor:
-        if self.seq is not None:
-            row = self.rows.index_select(0, self.seq[c : c + 1])[0]
-            self.state = torch.where(self.begins[c], row, self.state)
-        return self.state
+    def enter(self, c: int, out: Tensor) -> Tensor:
+        if self.seq is None:
+            return out.copy_(self.state)
+        row = self.rows.index_select(0, self.seq[c : c + 1])[0]
+        return torch.where(self.begins[c], row, self.state, out=out)
 
     def leave(self, c: int, state: Tensor) -> None:
         self.state = state
@@ -348,40 +347,38 @@ class _StateRows:
         return self.state.view(self.shape) if self.seq is None else self.rows[:-1]
 
 
-def _scan_forward(
-    x: _Chunks, rows: _StateRows, c0: int, *, entering: Tensor | None = None, leaving: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Advance the state over the chunks ``x`` that start at ``c0``. Returns ``U`` and ``Qd S``, both ``[n, M, C, V]``."""
-    n, M, C, V = x.v.shape
-    Kr_t = x.Kr.mT
-    U, inter = x.v.new_empty(n, M, C, V), x.v.new_empty(n, M, C, V)
-    for c in range(n):
-        S = rows.enter(c0 + c)
-        if entering is not None:
-            entering[c0 + c] = S
-        read = x.readers[c] @ S
-        torch.sub(x.AV[c], read[:, :C], out=U[c])
-        inter[c] = read[:, C:]
+def _scan_forward(x: _Chunks, rows: _StateRows, c0: int, entering: Tensor, leaving: Tensor | None) -> Tensor:
+    """Advance the state over the chunks ``x``, the first of them chunk ``c0`` of the call.
+
+    Fills ``entering [n, M, K, V]`` (and ``leaving``) with the state before (and after) each chunk and returns
+    ``U [n, M, C, V]``.
+    """
+    U, Kr_t = torch.empty_like(x.AV), x.Kr.mT
+    for c in range(U.shape[0]):
+        S = rows.enter(c0 + c, entering[c])
+        torch.baddbmm(x.AV[c], x.AKd[c], S, alpha=-1, out=U[c])
         S = torch.baddbmm(S * x.gamma[c], Kr_t[c], U[c])
         if leaving is not None:
-            leaving[c0 + c] = S
+            leaving[c] = S
         rows.leave(c0 + c, S)
-    return U, inter
+    return U
 
 
 def _scan_backward(x: _Chunks, dO: Tensor, rows: _StateRows, c0: int) -> tuple[Tensor, Tensor]:
     """The forward scan reversed. Returns ``dW`` and the gradient of each chunk's leaving state."""
-    n, M, C, V = x.v.shape
-    K = x.k.shape[-1]
-    Kd_t, read_by_output = x.Kd.mT, x.readers[:, :, C:].mT @ dO
-    seed, reader = (x.P @ x.A).mT @ dO, x.A.mT @ x.Kr
-    dW, dleaving = x.v.new_empty(n, M, C, V), x.v.new_empty(n, M, K, V)
+    n, M, _, K = x.k.shape
+    dW, dleaving = (x.P @ x.A).mT @ dO, x.v.new_empty(n, M, K, x.v.shape[-1])
+    reader, seed, Kd_t = x.A.mT @ x.Kr, x.Qd.mT @ dO, x.Kd.mT
     for c in reversed(range(n)):
-        dS = rows.enter(c0 + c)
-        dleaving[c] = dS
-        dW[c] = torch.baddbmm(seed[c], reader[c], dS)
-        rows.leave(c0 + c, torch.baddbmm(dS * x.gamma[c] + read_by_output[c], Kd_t[c], dW[c], alpha=-1))
+        dS = rows.enter(c0 + c, dleaving[c])
+        dW[c].baddbmm_(reader[c], dS)
+        rows.leave(c0 + c, torch.addcmul(seed[c], dS, x.gamma[c]).baddbmm_(Kd_t[c], dW[c], alpha=-1))
     return dW, dleaving
+
+
+class _Scan(NamedTuple):
+    o: Tensor  # [B, T, HV, V], in the compute dtype
+    final: Tensor  # [N, HV, K, V]
 
 
 def _forward(
@@ -392,17 +389,19 @@ def _forward(
     *,
     entering: Tensor | None = None,
     leaving: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Outputs ``[B, T, HV, V]`` and final states ``[N, HV, K, V]`` in the compute dtype."""
-    _, _, HV, V = x.v.shape
+) -> _Scan:
+    """The whole forward pass; ``entering`` and ``leaving [chunks, B * HV, K, V]`` are filled where they are given."""
+    HV, K, V = initial.shape[1:]
     o = initial.new_empty(layout.batch, layout.rows, HV, V)
     states = _StateRows(layout, initial)
-    for c0, c1 in _segments(layout, x.v, x.q.shape[-1]):
+    for c0, c1 in _segments(layout, x.v, K):
         chunks = _prepare(layout, _activate(_take(layout, x, c0, c1), options), c0, c1)
-        U, inter = _scan_forward(chunks, states, c0, entering=entering, leaving=leaving)
+        S = initial.new_empty(c1 - c0, layout.batch * HV, K, V) if entering is None else entering[c0:c1]
+        U = _scan_forward(chunks, states, c0, S, None if leaving is None else leaving[c0:c1])
+        o_chunks = (chunks.Qd @ S).add_(chunks.P @ U)
         rows = o[:, c0 * layout.chunk : c1 * layout.chunk]
-        rows.copy_(_merge(layout, inter + chunks.P @ U, rows.shape[1]))
-    return layout.finish(o), states.result()
+        rows.copy_(_merge(layout, o_chunks, rows.shape[1]))
+    return _Scan(layout.finish(o), states.result())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,7 +538,7 @@ def _segment_backward(
     activated = _activate(taken, options)
     x = _prepare(layout, activated, c0, c1)
     dO = layout.split(do.to(x.v.dtype), c0, c1)
-    U = x.AV - x.readers[:, :, : x.k.shape[2]] @ S
+    U = x.AV - x.AKd @ S
     dW, dleaving = _scan_backward(x, dO, dstates, c0)
 
     Y = x.T.mT @ (x.P.mT @ dO + x.Kr @ dleaving)
@@ -550,7 +549,7 @@ def _segment_backward(
     dq = x.from_start * (dO @ S.mT)
     k_up = -x.from_start * (dW @ S.mT)
     k_down = x.to_end * dKr
-    for size, hi, lo in x.levels:
+    for size, hi, lo in _levels(x.g.clone(), torch.zeros_like(x.g)):
         k_lo, k_hi = _halves(x.k, size)
         q_hi = _halves(x.q, size)[1]
         dP_block, dN_block = _score_blocks(dP, size), _score_blocks(dN, size)

@@ -1,5 +1,5 @@
-// Loads and stores by width. The asm is volatile so that ptxas issues loads where the source has them: a kernel bound by
-// memory is written in the order in which its loads should leave.
+// Loads and stores by width. Volatile, so that the compiler keeps the order in which the source wants loads to leave:
+// in a kernel bound by memory that order is the design.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace flashkda {
 

@@ -6,8 +6,8 @@ namespace flashkda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// The reductions add lanes in one tree, offsets 16, 8, 4, 2, 1, and fp32 addition commutes: a sum has the same bits in every
-// lane, and however many values are reduced together.
+// The reductions add lanes in one tree, offsets 16, 8, 4, 2, 1, and fp32 addition commutes: a sum has the same bits in
+// every lane, and however many values are reduced together.
 
 // Three at a time, since shuffles keep the order of the source and each takes over 20 cycles to answer.
 __device__ __forceinline__ float3 warp_sum(float3 x) {
@@ -20,9 +20,9 @@ __device__ __forceinline__ float3 warp_sum(float3 x) {
   return x;
 }
 
-// Sums kValues (a power of two, at most 32) values over the warp. Instead of five shuffles a value, each step halves the
-// values a lane is responsible for: kValues - 1 shuffles for the first log2(kValues) steps, then one a step.
-// Lane l returns the total of value l / (32 / kValues).
+// Sums kValues (a power of two, at most 32) values over the warp. Instead of five shuffles a value, each step halves
+// the values a lane is responsible for: kValues - 1 shuffles for the first log2(kValues) steps, then one a step. Lane l
+// returns the total of value l / (32 / kValues).
 template <int kValues, int kOffset = 16>
 __device__ __forceinline__ float warp_sums(float (&x)[kValues], int lane) {
   static_assert((kValues & (kValues - 1)) == 0 && kValues <= 2 * kOffset);

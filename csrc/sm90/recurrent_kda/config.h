@@ -11,9 +11,9 @@ constexpr int kHeadDim = 128;  // K and V
 constexpr int kWarps = 4;      // in a CTA
 constexpr int kThreads = 32 * kWarps;
 
-// A warp owns this many rows of V of one head, a CTA kWarps times as many. Long calls want 8, which spread the gates and
-// norms that every warp computes for itself over more rows; where there are too few heads to fill the chip, smaller pieces
-// reach more SMs. A row's arithmetic is the same in all of them, and so are its bits.
+// A warp owns this many rows of V of one head, a CTA kWarps times as many. Large calls want 8, which spread the gates
+// and norms that every warp computes for itself over more rows; where there are too few heads to fill the chip, smaller
+// pieces reach more SMs. A row's arithmetic is the same in all of them, and so are its bits.
 inline int rows_per_warp(int64_t sequences, int value_heads, int sm_count) {
   const auto ctas = [&](int rows) { return sequences * value_heads * (kHeadDim / (kWarps * rows)); };
   if (ctas(8) >= 2 * sm_count) return 8;
@@ -30,7 +30,8 @@ inline const char* unsupported(const RecurrentKdaParams& p) {
   if (p.heads <= 0 || p.value_heads <= 0 || p.value_heads % p.heads != 0)
     return "value_heads must be a positive multiple of heads";
   if (p.sequences < 0 || p.pool_rows < 0) return "sequences and pool_rows must not be negative";
-  if (p.sequences > INT32_MAX / (kHeadDim / kWarps) || p.value_heads > 65535) return "too many sequences or value heads";
+  if (p.sequences > INT32_MAX / (kHeadDim / kWarps) || p.value_heads > 65535)
+    return "too many sequences or value heads";
   if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) return "q, k and v must be bf16 or fp16";
   if (p.g_dtype != p.dtype && p.g_dtype != Dtype::kFloat32) return "g must have q's dtype or be fp32";
   if (p.beta_dtype != p.dtype && p.beta_dtype != Dtype::kFloat32) return "beta must have q's dtype or be fp32";

@@ -10,8 +10,8 @@
 // reduction serves both.
 //
 // A row's bits depend on its own sequence and head alone, not on the batch or on how rows are split: each lane sums its
-// channels in one order, lanes are summed in one tree (warp.cuh), and every product that might be contracted into an fma is
-// written as one or as a rounded product.
+// channels in one order, lanes are summed in one tree (warp.cuh), and every product that might be contracted into an
+// fma is written as one or as a rounded product.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -57,18 +57,31 @@ __device__ __forceinline__ int64_t load_state_index(const RecurrentKdaParams& p,
                           : __ldg(static_cast<const int32_t*>(p.state_indices) + i);
 }
 
-// Four elements of T, or of fp32 where is_fp32, as they came: unpacked where they are first used.
+// g and beta are T or fp32, known at run time. Both halves of an fp32 are loaded, the second being the first again
+// where the element is T: two predicated loads into one register would wait for each other.
 template <typename T>
 __device__ __forceinline__ uint4 load4(const void* base, int64_t i, bool is_fp32) {
-  if (is_fp32) return load_16_bytes(static_cast<const float*>(base) + i);
-  const uint2 x = load_8_bytes(static_cast<const T*>(base) + i);
-  return make_uint4(x.x, x.y, 0, 0);
+  const char* const address = static_cast<const char*>(base) + i * (is_fp32 ? sizeof(float) : sizeof(T));
+  const uint2 low = load_8_bytes(address), high = load_8_bytes(address + (is_fp32 ? 8 : 0));
+  return make_uint4(low.x, low.y, high.x, high.y);
 }
 
 template <typename T>
 __device__ __forceinline__ float4 unpack4(uint4 x, bool is_fp32) {
-  if (is_fp32) return make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
-  return flashkda::unpack4<T>(make_uint2(x.x, x.y));
+  const float4 as_fp32 =
+      make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
+  return is_fp32 ? as_fp32 : flashkda::unpack4<T>(make_uint2(x.x, x.y));
+}
+
+template <typename T>
+__device__ __forceinline__ ushort2 load1(const void* base, int64_t i, bool is_fp32) {
+  const char* const address = static_cast<const char*>(base) + i * (is_fp32 ? sizeof(float) : sizeof(T));
+  return make_ushort2(load_2_bytes(address), load_2_bytes(address + (is_fp32 ? 2 : 0)));
+}
+
+template <typename T>
+__device__ __forceinline__ float unpack1(ushort2 x, bool is_fp32) {
+  return is_fp32 ? __uint_as_float(unsigned(x.y) << 16 | x.x) : to_float(from_bits<T>(x.x));
 }
 
 // alpha = exp(log decay), from the raw gates of four channels; a = exp(A_log).
@@ -103,10 +116,8 @@ __global__ void __launch_bounds__(kThreads) recurrent_kda_kernel(const __grid_co
   const uint4 g_bits = load4<T>(p.g, offset(p.g_stride, sequence, value_head) + channel, g_is_fp32);
   const uint16_t v_bits =
       load_2_bytes(static_cast<const T*>(p.v) + offset(p.v_stride, sequence, value_head) + first_row + row);
-  const int64_t beta_offset = offset(p.beta_stride, sequence, value_head);
-  float beta = p.beta_dtype == Dtype::kFloat32
-                   ? load_float(static_cast<const float*>(p.beta) + beta_offset)
-                   : to_float(from_bits<T>(load_2_bytes(static_cast<const T*>(p.beta) + beta_offset)));
+  const bool beta_is_fp32 = p.beta_dtype == Dtype::kFloat32;
+  const ushort2 beta_bits = load1<T>(p.beta, offset(p.beta_stride, sequence, value_head), beta_is_fp32);
   const float A_log = p.A_log != nullptr ? load_float(p.A_log + value_head) : 0.f;
   uint4 bias_bits = make_uint4(0, 0, 0, 0);
   if (p.dt_bias != nullptr) bias_bits = load_16_bytes(p.dt_bias + value_head * kHeadDim + channel);
@@ -122,7 +133,12 @@ __global__ void __launch_bounds__(kThreads) recurrent_kda_kernel(const __grid_co
     S[r] = is_padding ? make_float4(0.f, 0.f, 0.f, 0.f) : load_streaming(state + r * kRowStride);
   }
 
-  // While the state is on its way: norms, gates, q . k.
+  // While the state is on its way: gates, norms, q . k. The gates come first because they branch: shuffles that wait
+  // for q and k would be scheduled above the state's loads, but not across a branch.
+  const float4 alpha = decay(p, unpack4<T>(g_bits, g_is_fp32), exp(A_log), unpack4<T>(bias_bits, true));
+  float beta = unpack1<T>(beta_bits, beta_is_fp32);
+  if (p.beta_sigmoid) beta = __fmul_rn(p.beta_factor, sigmoid(beta));
+
   float4 q = flashkda::unpack4<T>(q_bits);
   float4 k = flashkda::unpack4<T>(k_bits);
   const float3 sums = warp_sum(make_float3(dot(q, q), dot(k, k), dot(q, k)));
@@ -131,9 +147,6 @@ __global__ void __launch_bounds__(kThreads) recurrent_kda_kernel(const __grid_co
   const float qk = __fmul_rn(__fmul_rn(q_factor, k_factor), sums.z);
   q = q_factor * q;
   k = k_factor * k;
-
-  const float4 alpha = decay(p, unpack4<T>(g_bits, g_is_fp32), exp(A_log), unpack4<T>(bias_bits, true));
-  if (p.beta_sigmoid) beta = __fmul_rn(p.beta_factor, sigmoid(beta));
 
   float dots[2 * kRows];
 #pragma unroll

@@ -1,0 +1,185 @@
+"""Tensors to raw pointers: the only module that imports the extension, which it does at the first question about it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        extension = importlib.import_module("flashkda_ops._C")
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "flashkda_ops._C"
+        return None, "this install was built without CUDA" if absent else f"flashkda_ops._C does not load: {error}"
+    archs = extension.cuda_archs.replace(";", ", ")
+    return extension, f"built for {archs} with CUDA {extension.cuda_version}, CUTLASS {extension.cutlass_version}"
+
+
+def extension_status() -> tuple[bool, str]:
+    """Whether the extension is loaded; what it was built with, or why it is not there."""
+    extension, status = _load()
+    return extension is not None, status
+
+
+def _extension() -> Any:
+    extension, status = _load()
+    if extension is None:
+        raise RuntimeError(f"flashkda_ops has no CUDA kernels: {status}")
+    return extension
+
+
+@functools.cache
+def device_reason(device: torch.device) -> str | None:
+    """Why this build has no kernels for the device, or None if it has."""
+    extension, status = _load()
+    if extension is None:
+        return status
+    if device.type != "cuda":
+        return f"device {device}: the kernels run on CUDA devices"
+    if torch.version.cuda is None:
+        return "this torch was not built for CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    if f"{major}{minor}" in [arch.rstrip("af") for arch in extension.cuda_archs.split(";")]:
+        return None
+    return f"compute capability {major}.{minor}: the extension was {status}"
+
+
+@functools.cache
+def _dtypes() -> dict[torch.dtype, Any]:
+    dtype = _extension().Dtype
+    return {torch.float32: dtype.float32, torch.float16: dtype.float16, torch.bfloat16: dtype.bfloat16}
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the device current for a launch. torch's guard costs microseconds: most calls need none."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def _loadable(x: Tensor, elements: int = 4) -> Tensor:
+    """x, or a copy where its last dimension is not contiguous or not aligned to loads of that many elements."""
+    strides = x.stride()
+    aligned = x.data_ptr() % (elements * x.element_size()) == 0 and all(s % elements == 0 for s in strides[:-1])
+    return x if strides[-1] == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def recurrent_kda_paged_reason(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state_pool: Tensor,
+    state_indices: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    state_v_first: bool,
+) -> str | None:
+    """Why the decode kernel does not serve this (valid) call, or None if it does. Reads no tensor's values."""
+    reason = device_reason(q.device)
+    if reason is not None:
+        return reason
+    if q.shape[3] != 128 or v.shape[3] != 128:
+        return f"K={q.shape[3]}, V={v.shape[3]}: the kernel has K=V=128"
+    if cu_seqlens is not None:
+        return "cu_seqlens: the kernel takes a dense batch"
+    if q.shape[1] != 1:
+        return f"T={q.shape[1]}: the kernel takes one token a sequence"
+    if num_accepted_tokens is not None or state_indices.dim() != 1:
+        return "speculative decoding: the kernel takes one token a sequence"
+    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the kernel takes all bfloat16 or all float16"
+    for name, x in (("g", g), ("beta", beta)):
+        if x.dtype not in (q.dtype, torch.float32):
+            return f"{name} is {x.dtype} beside {q.dtype}: the kernel takes q's dtype or float32"
+    if state_pool.dtype != torch.float32 or not state_v_first:
+        return f"state is {state_pool.dtype}, state_v_first={state_v_first}: the kernel takes float32 [V, K]"
+    heads = v.shape[2]
+    if state_pool.stride()[2:] != (128, 1) or (heads > 1 and state_pool.stride(1) != 128 * 128):
+        return f"state_pool has strides {state_pool.stride()}: the kernel takes dense rows"
+    if state_pool.stride(0) % 4 != 0 or state_pool.storage_offset() % 4 != 0:
+        return "state_pool is not aligned to 16 bytes"
+    if heads > 65535:
+        return f"{heads} value heads: the kernel takes 65535"
+    return None
+
+
+def recurrent_kda_paged(
+    o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state_pool: Tensor,
+    state_indices: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    *,
+    scale: float,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    lower_bound: float | None,
+    rows_per_warp: int = 0,
+) -> None:
+    """Launches the decode kernel on the current stream; writes o and rows of state_pool.
+
+    rows_per_warp (2, 4, 8) overrides how the work is split, which changes no bit of the result: for tests and tuning.
+    """
+    device = q.device
+    extension, dtypes = _extension(), _dtypes()
+    # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
+    q, k, g = _loadable(q), _loadable(k), _loadable(g)
+    v = _loadable(v, elements=1)
+    gate = extension.Gate.precomputed
+    if use_gate_in_kernel:
+        gate = extension.Gate.unbounded if lower_bound is None else extension.Gate.bounded
+        A_log = None if A_log is None else A_log.float().contiguous()
+        dt_bias = None if dt_bias is None else _loadable(dt_bias.float().reshape(-1))
+    else:
+        A_log = dt_bias = None
+    with _current(device):
+        extension.recurrent_kda_paged(
+            o=(o.data_ptr(), o.stride(0), o.stride(2)),
+            q=(q.data_ptr(), q.stride(0), q.stride(2)),
+            k=(k.data_ptr(), k.stride(0), k.stride(2)),
+            v=(v.data_ptr(), v.stride(0), v.stride(2)),
+            g=(g.data_ptr(), g.stride(0), g.stride(2)),
+            beta=(beta.data_ptr(), beta.stride(0), beta.stride(2)),
+            state_pool=state_pool.data_ptr(),
+            pool_rows=state_pool.shape[0],
+            pool_stride=state_pool.stride(0),
+            state_indices=state_indices.data_ptr(),
+            index_stride=state_indices.stride(0),
+            index_is_64bit=state_indices.dtype == torch.int64,
+            A_log=0 if A_log is None else A_log.data_ptr(),
+            dt_bias=0 if dt_bias is None else dt_bias.data_ptr(),
+            sequences=q.shape[0],
+            heads=q.shape[2],
+            value_heads=v.shape[2],
+            head_dim_k=q.shape[3],
+            head_dim_v=v.shape[3],
+            dtype=dtypes[q.dtype],
+            g_dtype=dtypes[g.dtype],
+            beta_dtype=dtypes[beta.dtype],
+            gate=gate,
+            lower_bound=0.0 if lower_bound is None else lower_bound,
+            scale=scale,
+            qk_l2norm=use_qk_l2norm_in_kernel,
+            beta_sigmoid=use_beta_sigmoid_in_kernel,
+            beta_factor=2.0 if allow_neg_eigval else 1.0,
+            rows_per_warp=rows_per_warp,
+            device=device.index,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )

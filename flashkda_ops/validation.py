@@ -1,0 +1,283 @@
+"""What the ops accept. One set of checks, run first by the real and by the fake implementation of every op.
+
+Each failure is a ``ValueError`` that names the argument, what was given and what is accepted. Sizes may be symbolic:
+conditions on them go through :func:`torch._check_value`, so that tracing records a guard instead of specialising.
+Messages hold no quotes and no newlines, since compilers embed them in their own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHECK_VALUES = os.environ.get("FLASHKDA_CHECK", "0") not in ("", "0")
+"""Whether eager calls check the values of index tensors on the host (``FLASHKDA_CHECK=1``)."""
+
+_TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INDEX_DTYPES = (torch.int32, torch.int64)
+_MIN_LOWER_BOUND = -5.0
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call: batch, tokens, query/key heads, value heads, key and value head dimensions, sequences."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    N: int
+
+
+def _require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    if condition is not True:
+        torch._check_value(condition, message)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _require_shape(name: str, x: Tensor, letters: str, *shape: int) -> None:
+    """``x`` has exactly ``shape``, spelled ``letters``."""
+
+    def message() -> str:
+        return f"{name} must have shape [{letters}] = {_sizes(shape)}, got {_sizes(x.shape)}"
+
+    _require(x.dim() == len(shape), message)
+    for actual, expected in zip(x.shape, shape, strict=True):
+        _require(actual == expected, message)
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
+def _require_dtype(name: str, x: Tensor, *dtypes: torch.dtype, why: str = "") -> None:
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} must be {_names(dtypes)}{why}, got {_names((x.dtype,))}")
+
+
+def _require_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of states that go with ``q``."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def validate_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    lower_bound: float | None,
+) -> Sizes:
+    """Check what all four ops have in common; returns the sizes of the call."""
+    for name, x in (("q", q), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, T, heads, head dim], got shape {_sizes(x.shape)}")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    _require_dtype("q", q, *_TOKEN_DTYPES)
+    _require(H > 0, lambda: "q must have at least one head, got 0")
+    _require(K > 0, lambda: "q must have a head dimension of at least 1, got 0")
+    _require(V > 0, lambda: "v must have a head dimension of at least 1, got 0")
+    _require_shape("k", k, "B, T, H, K", B, T, H, K)
+    _require_shape("v", v, "B, T, HV, V", B, T, HV, V)
+    _require(HV > 0, lambda: "v must have at least one head, got 0")
+    _require(
+        HV % H == 0, lambda: f"v must have a multiple of the heads of q, got {HV} value heads for {H} query/key heads"
+    )
+    _require_shape("g", g, "B, T, HV, K", B, T, HV, K)
+    _require_shape("beta", beta, "B, T, HV", B, T, HV)
+    for name, x in (("k", k), ("v", v)):
+        _require_dtype(name, x, q.dtype, why=" as q is")
+        _require_device(name, x, q)
+    wide = (q.dtype,) if q.dtype in (torch.float32, torch.float64) else (q.dtype, torch.float32)
+    for name, x in (("g", g), ("beta", beta)):
+        _require_dtype(name, x, *wide, why=f" where q is {_names((q.dtype,))}")
+        _require_device(name, x, q)
+
+    _validate_gate(q, A_log, dt_bias, HV, K, use_gate_in_kernel, lower_bound)
+    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        raise ValueError("allow_neg_eigval=True requires use_beta_sigmoid_in_kernel=True")
+    if cu_seqlens is None:
+        return Sizes(B, T, H, HV, K, V, B)
+    if cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seqlens must have shape [N + 1], got {_sizes(cu_seqlens.shape)}")
+    entries = cu_seqlens.shape[0]
+    _require(entries >= 2, lambda: f"cu_seqlens must have at least 2 entries [N + 1], got {entries}")
+    _require_dtype("cu_seqlens", cu_seqlens, *_INDEX_DTYPES)
+    _require_device("cu_seqlens", cu_seqlens, q)
+    _require(B == 1, lambda: f"q must have a batch size of 1 with cu_seqlens (sequences packed along T), got {B}")
+    return Sizes(B, T, H, HV, K, V, entries - 1)
+
+
+def _validate_gate(
+    q: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    HV: int,
+    K: int,
+    use_gate_in_kernel: bool,
+    lower_bound: float | None,
+) -> None:
+    given = (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound))
+    if not use_gate_in_kernel:
+        for name, value in given:
+            if value is not None:
+                raise ValueError(f"{name} must be None with use_gate_in_kernel=False: g is the log decay itself")
+        return
+    if lower_bound is None:
+        if A_log is None:
+            raise ValueError("A_log must be given with use_gate_in_kernel=True unless lower_bound is")
+    elif not _MIN_LOWER_BOUND <= lower_bound < 0:
+        raise ValueError(f"lower_bound must be in [{_MIN_LOWER_BOUND:g}, 0), got {lower_bound}")
+    dtypes = _TOKEN_DTYPES if q.dtype == torch.float64 else _TOKEN_DTYPES[:3]
+    if A_log is not None:
+        _require_shape("A_log", A_log, "HV", HV)
+        _require_dtype("A_log", A_log, *dtypes)
+        _require_device("A_log", A_log, q)
+    if dt_bias is not None:
+        if dt_bias.dim() == 1:
+            _require_shape("dt_bias", dt_bias, "HV * K", HV * K)
+        else:
+            _require_shape("dt_bias", dt_bias, "HV, K", HV, K)
+        _require_dtype("dt_bias", dt_bias, *dtypes)
+        _require_device("dt_bias", dt_bias, q)
+
+
+def state_shape(s: Sizes, rows: int, state_v_first: bool) -> tuple[int, int, int, int]:
+    """Shape of ``rows`` states in the layout asked for."""
+    return (rows, s.HV, s.V, s.K) if state_v_first else (rows, s.HV, s.K, s.V)
+
+
+def validate_state(name: str, state: Tensor | None, q: Tensor, s: Sizes, state_v_first: bool) -> None:
+    """A state argument with one row a sequence."""
+    if state is None:
+        return
+    letters = "N, HV, V, K" if state_v_first else "N, HV, K, V"
+    _require_shape(name, state, letters, *state_shape(s, s.N, state_v_first))
+    _require_dtype(name, state, state_dtype(q), why=f" where q is {_names((q.dtype,))}")
+    _require_device(name, state, q)
+
+
+def validate_checkpoint_interval(interval: int) -> None:
+    if interval < 0 or interval % 16:
+        raise ValueError(f"checkpoint_interval must be 0 (no intermediate states) or a multiple of 16, got {interval}")
+
+
+def validate_pool(pool: Tensor, state_indices: Tensor, q: Tensor, s: Sizes, state_v_first: bool, *, slots: int) -> None:
+    """A state pool and the slots of its rows: one a sequence, or (``slots=2``) also one a sequence and token."""
+    letters = "rows, HV, V, K" if state_v_first else "rows, HV, K, V"
+    if pool.dim() != 4:
+        raise ValueError(f"state_pool must have shape [{letters}], got {_sizes(pool.shape)}")
+    _require_shape("state_pool", pool, letters, *state_shape(s, pool.shape[0], state_v_first))
+    dtypes = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+    _require_dtype("state_pool", pool, *dtypes, why=f" where q is {_names((q.dtype,))}")
+    _require_device("state_pool", pool, q)
+    row = 1
+    for size, stride in zip(reversed(pool.shape[1:]), reversed(pool.stride()[1:]), strict=True):
+        _require(
+            size == 1 or stride == row,
+            lambda: "state_pool must have contiguous rows (its first dimension alone may be strided): it is updated in "
+            f"place, got strides {_sizes(pool.stride())} for shape {_sizes(pool.shape)}",
+        )
+        row = row * size
+    _require(
+        pool.shape[0] <= 1 or pool.stride(0) >= row,
+        lambda: f"state_pool must not have overlapping rows, got strides {_sizes(pool.stride())}",
+    )
+    if slots == 2 and state_indices.dim() == 2:
+        _require_shape("state_indices", state_indices, "N, slots", s.N, state_indices.shape[1])
+        width = state_indices.shape[1]
+        _require(width > 0, lambda: "state_indices must have at least one slot a sequence, got 0")
+    else:
+        _require_shape("state_indices", state_indices, "N", s.N)
+    _require_dtype("state_indices", state_indices, *_INDEX_DTYPES)
+    _require_device("state_indices", state_indices, q)
+
+
+def validate_num_accepted_tokens(accepted: Tensor | None, state_indices: Tensor, q: Tensor, s: Sizes) -> None:
+    if accepted is None:
+        return
+    if state_indices.dim() != 2:
+        raise ValueError("num_accepted_tokens requires state_indices of shape [N, slots], one slot a token")
+    _require_shape("num_accepted_tokens", accepted, "N", s.N)
+    _require_dtype("num_accepted_tokens", accepted, *_INDEX_DTYPES)
+    _require_device("num_accepted_tokens", accepted, q)
+
+
+def validate_has_initial_state(has_initial_state: Tensor | None, q: Tensor, s: Sizes) -> None:
+    if has_initial_state is None:
+        return
+    _require_shape("has_initial_state", has_initial_state, "N", s.N)
+    _require_dtype("has_initial_state", has_initial_state, torch.bool)
+    _require_device("has_initial_state", has_initial_state, q)
+
+
+def validate_slots_per_token(state_indices: Tensor, cu_seqlens: Tensor | None, s: Sizes) -> None:
+    """Each token of a dense call has a slot for its state; packed calls are checked with their values."""
+    if state_indices.dim() == 2 and cu_seqlens is None:
+        width = state_indices.shape[1]
+        _require(s.T <= width, lambda: f"state_indices must have a slot a token, got {width} for T = {s.T}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values, on the host: only in checked mode, never while a CUDA graph is captured
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checks_values(validate: bool, q: Tensor) -> bool:
+    """Whether this eager call reads index tensors on the host."""
+    if not (validate or CHECK_VALUES):
+        return False
+    return not (q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, T: int) -> None:
+    """``cu_seqlens`` starts at 0, never decreases and ends at or before ``T``."""
+    if cu_seqlens is None:
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {values[0]}")
+    for i, (a, b) in enumerate(zip(values[:-1], values[1:], strict=True)):
+        if b < a:
+            raise ValueError(f"cu_seqlens must never decrease, got {a} then {b} at entry {i + 1}")
+    if values[-1] > T:
+        raise ValueError(f"cu_seqlens must end at or before T = {T}, got {values[-1]}")
+
+
+def check_slots(state_indices: Tensor, rows: int, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None) -> None:
+    """No slot is written twice, no sequence is longer than its slots, accepted counts are within them."""
+    for slot, times in Counter(state_indices.flatten().tolist()).items():
+        if times > 1 and 0 <= slot < rows:
+            raise ValueError(f"state_indices must name each row of state_pool once, got {slot} {times} times")
+    if state_indices.dim() == 2:
+        width = state_indices.shape[1]
+        if cu_seqlens is not None:
+            longest = int(cu_seqlens.diff().max())
+            if longest > width:
+                raise ValueError(f"state_indices must have a slot a token, got {width} for a sequence of {longest}")
+        if num_accepted_tokens is not None:
+            for n in num_accepted_tokens.tolist():
+                if not 1 <= n <= width:
+                    raise ValueError(f"num_accepted_tokens must be in [1, {width}], got {n}")
