@@ -156,8 +156,8 @@ def chunk_kda(
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
         state_v_first, chunk_size if return_intermediate_states else 0, batch_invariant, validate,
     )  # fmt: skip
-    if _takes_eager_door(args[:8]):  # type: ignore[arg-type]
-        o, final_state, states = _EagerChunkKDA.apply(*args)  # type: ignore[no-untyped-call]
+    if _takes_eager_door(args[:8]):
+        o, final_state, states = _EagerChunkKDA.apply(*args)
     else:
         o, final_state, states = torch.ops.flashkda.chunk_kda.default(*args)
     final = final_state if output_final_state else None

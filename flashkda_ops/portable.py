@@ -199,14 +199,14 @@ def _levels(prefix: Tensor, suffix: Tensor) -> Iterator[_Level]:
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and second halves of blocks of ``size`` rows: views ``[n, M, C / size, size / 2, D]`` of ``[n, M, C, D]``."""
+    """First and second halves of blocks of ``size`` rows: views ``[n, M, C / size, size / 2, D]``."""
     n, M, C, D = x.shape
     lo, hi = x.view(n, M, C // size, 2, size // 2, D).unbind(3)
     return lo, hi
 
 
 def _score_blocks(scores: Tensor, size: int) -> Tensor:
-    """The blocks (second half, first half) of ``scores [n, M, C, C]``: a view ``[n, M, C / size, size / 2, size / 2]``."""
+    """The blocks (second half, first half) of ``[n, M, C, C]``: a view ``[n, M, C / size, size / 2, size / 2]``."""
     n, M, C, _ = scores.shape
     half = size // 2
     blocks = scores.view(n, M, C // size, size, C // size, size).diagonal(dim1=2, dim2=4)
@@ -221,7 +221,7 @@ def _inverse(L: Tensor) -> Tensor:
 
 def _exp(x: Tensor) -> Tensor:
     """``exp(x)``, zero where it is far below rounding: CPUs are many times slower on subnormal numbers."""
-    return F.threshold_(x.exp(), 1e-290 if x.dtype == torch.float64 else 1e-30, 0.0)
+    return F.threshold(x.exp(), 1e-290 if x.dtype == torch.float64 else 1e-30, 0.0, inplace=True)
 
 
 @dataclass
@@ -499,11 +499,10 @@ def chunk_kda_backward(
     dtype = _compute_dtype(q)
     layout = _layout(q, cu_seqlens, CHUNK)
     dstates = _StateRows(layout, _initial_rows(dht, layout, x, state_v_first), reverse=True)
-    buffers = _Inputs(
-        *(t.new_empty(layout.batch, layout.rows, *t.shape[2:]) for t in x[:5]),
-        None if A_log is None else torch.zeros_like(A_log, dtype=dtype),
-        None if dt_bias is None else torch.zeros_like(dt_bias, dtype=dtype).view(v.shape[2], -1),
-    )
+    dA_log = None if A_log is None else torch.zeros_like(A_log, dtype=dtype)
+    ddt_bias = None if dt_bias is None else dt_bias.new_zeros(v.shape[2], q.shape[-1], dtype=dtype)
+    dq, dk, dv, dg, dbeta = (t.new_empty(layout.batch, layout.rows, *t.shape[2:]) for t in x[:5])
+    grads = _Inputs(dq, dk, dv, dg, dbeta, dA_log, ddt_bias)
     if v.numel() and q.numel():
         initial = _initial_rows(initial_state, layout, x, state_v_first)
         entering = initial.new_empty(layout.chunks, layout.batch * v.shape[2], *initial.shape[2:])
@@ -511,16 +510,16 @@ def chunk_kda_backward(
         for c0, c1 in reversed(_segments(layout, v, q.shape[-1])):
             taken = _take(layout, x, c0, c1)
             dtaken = torch.zeros_like(taken.v) if do is None else layout.take(do, c0, c1)
-            _segment_backward(layout, taken, dtaken, entering[c0:c1], dstates, options, buffers, c0, c1)
-    grads = [layout.finish(t) for t in buffers[:5]]
-    dinitial = dstates.result()
-    return Gradients(
-        *grads[:4],
-        grads[4].squeeze(-1),
-        None if A_log is None or buffers.A_log is None else buffers.A_log.to(A_log.dtype),
-        None if dt_bias is None or buffers.dt_bias is None else buffers.dt_bias.to(dt_bias.dtype).view(dt_bias.shape),
-        None if initial_state is None else (dinitial.mT if state_v_first else dinitial).contiguous(),
-    )
+            _segment_backward(layout, taken, dtaken, entering[c0:c1], dstates, options, grads, c0, c1)
+    dq, dk, dv, dg, dbeta = (layout.finish(t) for t in grads[:5])
+    if A_log is not None and dA_log is not None:
+        dA_log = dA_log.to(A_log.dtype)
+    if dt_bias is not None and ddt_bias is not None:
+        ddt_bias = ddt_bias.to(dt_bias.dtype).view(dt_bias.shape)
+    dh0 = None
+    if initial_state is not None:
+        dh0 = (dstates.result().mT if state_v_first else dstates.result()).contiguous()
+    return Gradients(dq, dk, dv, dg, dbeta.squeeze(-1), dA_log, ddt_bias, dh0)
 
 
 def _segment_backward(

@@ -6,6 +6,8 @@ included) on any device, and reads ``cu_seqlens`` on the host; it is not meant t
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,7 +108,7 @@ def recurrent_kda_reference(
         spans = [(b, 0, T) for b in range(B)]
     else:
         bounds = cu_seqlens.tolist()
-        spans = [(0, start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        spans = [(0, start, end) for start, end in pairwise(bounds)]
 
     rows: dict[tuple[int, int], Tensor] = {}
     states = []

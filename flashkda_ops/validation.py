@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -197,8 +198,10 @@ def validate_pool(pool: Tensor, state_indices: Tensor, q: Tensor, s: Sizes, stat
     for size, stride in zip(reversed(pool.shape[1:]), reversed(pool.stride()[1:]), strict=True):
         _require(
             size == 1 or stride == row,
-            lambda: "state_pool must have contiguous rows (its first dimension alone may be strided): it is updated in "
-            f"place, got strides {_sizes(pool.stride())} for shape {_sizes(pool.shape)}",
+            lambda: (
+                "state_pool must have contiguous rows (its first dimension alone may be strided): it is updated in "
+                f"place, got strides {_sizes(pool.stride())} for shape {_sizes(pool.shape)}"
+            ),
         )
         row = row * size
     _require(
@@ -237,7 +240,7 @@ def validate_slots_per_token(state_indices: Tensor, cu_seqlens: Tensor | None, s
     """Each token of a dense call has a slot for its state; packed calls are checked with their values."""
     if state_indices.dim() == 2 and cu_seqlens is None:
         width = state_indices.shape[1]
-        _require(s.T <= width, lambda: f"state_indices must have a slot a token, got {width} for T = {s.T}")
+        _require(width >= s.T, lambda: f"state_indices must have a slot a token, got {width} for T = {s.T}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,14 +262,16 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, T: int) -> None:
     values = cu_seqlens.tolist()
     if values[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {values[0]}")
-    for i, (a, b) in enumerate(zip(values[:-1], values[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(values)):
         if b < a:
             raise ValueError(f"cu_seqlens must never decrease, got {a} then {b} at entry {i + 1}")
     if values[-1] > T:
         raise ValueError(f"cu_seqlens must end at or before T = {T}, got {values[-1]}")
 
 
-def check_slots(state_indices: Tensor, rows: int, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None) -> None:
+def check_slots(
+    state_indices: Tensor, rows: int, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None
+) -> None:
     """No slot is written twice, no sequence is longer than its slots, accepted counts are within them."""
     for slot, times in Counter(state_indices.flatten().tolist()).items():
         if times > 1 and 0 <= slot < rows:

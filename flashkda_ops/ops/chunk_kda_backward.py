@@ -105,7 +105,10 @@ def op(
         state_v_first=state_v_first,
     )  # fmt: skip
     return _tuple(
-        [grad if wanted and grad is not None else q.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True)]
+        [
+            grad if wanted and grad is not None else q.new_empty(0)
+            for grad, wanted in zip(grads, output_mask, strict=True)
+        ]
     )
 
 
