@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashkda_ops.reference import beta_activation, l2norm, log_decay
+from flashkda_ops.reference import l2norm
 
 __all__ = ["Gradients", "KdaOptions", "chunk_kda", "chunk_kda_backward", "chunk_kda_paged", "recurrent_kda_paged"]
 
@@ -271,20 +271,45 @@ def _take(layout: _Layout, x: _Inputs, c0: int, c1: int) -> _Inputs:
 
 
 def _activate(x: _Inputs, o: KdaOptions) -> _Activated:
-    """Norms, gates and scale, in the compute dtype; queries and keys repeated for their value heads."""
+    """Norms, gates and scale, in the compute dtype; queries and keys repeated for their value heads.
+
+    Contiguous first: torch rounds functions and sums of strided tensors differently.
+    """
     dtype = _compute_dtype(x.q)
-    q, k, v, g, beta = (t.to(dtype) for t in x[:5])
+    q, k, v, g, beta = (t.to(dtype).contiguous() for t in x[:5])
     if o.use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
     q = q * o.scale
     group = v.shape[2] // q.shape[2]
     if group > 1:
         q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
-    g = log_decay(g, x.A_log, x.dt_bias, use_gate_in_kernel=o.use_gate_in_kernel, lower_bound=o.lower_bound)
-    beta = beta_activation(
-        beta, use_beta_sigmoid_in_kernel=o.use_beta_sigmoid_in_kernel, allow_neg_eigval=o.allow_neg_eigval
-    )
+    if o.use_gate_in_kernel:
+        z, a = _gate_input(g, x)
+        if o.lower_bound is not None:
+            g = _sigmoid(z if a is None else a * z).mul_(o.lower_bound)
+        else:
+            assert a is not None
+            g = _softplus(z).mul_(-a)
+    if o.use_beta_sigmoid_in_kernel:
+        beta = _sigmoid(beta).mul_(2.0 if o.allow_neg_eigval else 1.0)
     return _Activated(q, k, v, g, beta)
+
+
+def _gate_input(g: Tensor, x: _Inputs) -> tuple[Tensor, Tensor | None]:
+    """``g + dt_bias`` and ``exp(A_log)``."""
+    z = g if x.dt_bias is None else g + x.dt_bias.to(g.dtype).view(g.shape[-2:])
+    return z, None if x.A_log is None else x.A_log.to(g.dtype).exp().unsqueeze(-1)
+
+
+# torch.sigmoid and softplus round an element by its place in the tensor (vector or remainder); these do not.
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return x.neg().exp_().add_(1).reciprocal_()
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0))
 
 
 def _prepare(layout: _Layout, x: _Activated, c0: int, c1: int) -> _Chunks:
@@ -587,7 +612,7 @@ def _segment_backward(
 
 
 def _l2norm_backward(dx_hat: Tensor, x: Tensor, eps: float = 1e-6) -> Tensor:
-    x = x.to(dx_hat.dtype)
+    x = x.to(dx_hat.dtype).contiguous()
     r = torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
     x_hat = x * r
     return r * (dx_hat - x_hat * (x_hat * dx_hat).sum(-1, keepdim=True))
@@ -600,17 +625,14 @@ def _gate_backward(
 
     ``valid`` marks the rows that hold a token; the others must not reach the sums.
     """
-    z = x.g.to(dg.dtype)
-    if x.dt_bias is not None:
-        z = z + x.dt_bias.to(dg.dtype).view(z.shape[-2:])
-    a = None if x.A_log is None else x.A_log.to(dg.dtype).exp().unsqueeze(-1)
+    z, a = _gate_input(x.g.to(dg.dtype).contiguous(), x)
     if lower_bound is not None:
         dscaled = dg * decay * (1 - decay / lower_bound)  # the gradient of a * z
         dz = dscaled if a is None else dscaled * a
         dlog_a = dz * z
     else:
         assert a is not None
-        dz = -dg * a * torch.sigmoid(z)
+        dz = -dg * a * _sigmoid(z)
         dlog_a = dg * decay
     if valid is not None:
         dz, dlog_a = torch.where(valid, dz, 0), torch.where(valid, dlog_a, 0)

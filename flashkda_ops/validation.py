@@ -22,6 +22,7 @@ CHECK_VALUES = os.environ.get("FLASHKDA_CHECK", "0") not in ("", "0")
 _TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _MIN_LOWER_BOUND = -5.0
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types whose sizes are numbers, not symbols
 
 
 class Sizes(NamedTuple):
@@ -47,6 +48,8 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def _require_shape(name: str, x: Tensor, letters: str, *shape: int) -> None:
     """``x`` has exactly ``shape``, spelled ``letters``."""
+    if type(x) in _PLAIN and x.shape == shape:
+        return
 
     def message() -> str:
         return f"{name} must have shape [{letters}] = {_sizes(shape)}, got {_sizes(x.shape)}"
@@ -60,9 +63,11 @@ def _sizes(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
 
-def _require_dtype(name: str, x: Tensor, *dtypes: torch.dtype, why: str = "") -> None:
+def _require_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor | None = None) -> None:
+    """``x`` has one of ``dtypes``, which follow from that of ``q`` where it is given."""
     if x.dtype not in dtypes:
-        raise ValueError(f"{name} must be {_names(dtypes)}{why}, got {_names((x.dtype,))}")
+        where = "" if q is None else f" where q is {_names((q.dtype,))}"
+        raise ValueError(f"{name} must be {_names(dtypes)}{where}, got {_names((x.dtype,))}")
 
 
 def _require_device(name: str, x: Tensor, q: Tensor) -> None:
@@ -96,7 +101,7 @@ def validate_tokens(
             raise ValueError(f"{name} must have 4 dimensions [B, T, heads, head dim], got shape {_sizes(x.shape)}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    _require_dtype("q", q, *_TOKEN_DTYPES)
+    _require_dtype("q", q, _TOKEN_DTYPES)
     _require(H > 0, lambda: "q must have at least one head, got 0")
     _require(K > 0, lambda: "q must have a head dimension of at least 1, got 0")
     _require(V > 0, lambda: "v must have a head dimension of at least 1, got 0")
@@ -109,11 +114,11 @@ def validate_tokens(
     _require_shape("g", g, "B, T, HV, K", B, T, HV, K)
     _require_shape("beta", beta, "B, T, HV", B, T, HV)
     for name, x in (("k", k), ("v", v)):
-        _require_dtype(name, x, q.dtype, why=" as q is")
+        _require_dtype(name, x, (q.dtype,), q)
         _require_device(name, x, q)
     wide = (q.dtype,) if q.dtype in (torch.float32, torch.float64) else (q.dtype, torch.float32)
     for name, x in (("g", g), ("beta", beta)):
-        _require_dtype(name, x, *wide, why=f" where q is {_names((q.dtype,))}")
+        _require_dtype(name, x, wide, q)
         _require_device(name, x, q)
 
     _validate_gate(q, A_log, dt_bias, HV, K, use_gate_in_kernel, lower_bound)
@@ -125,7 +130,7 @@ def validate_tokens(
         raise ValueError(f"cu_seqlens must have shape [N + 1], got {_sizes(cu_seqlens.shape)}")
     entries = cu_seqlens.shape[0]
     _require(entries >= 2, lambda: f"cu_seqlens must have at least 2 entries [N + 1], got {entries}")
-    _require_dtype("cu_seqlens", cu_seqlens, *_INDEX_DTYPES)
+    _require_dtype("cu_seqlens", cu_seqlens, _INDEX_DTYPES)
     _require_device("cu_seqlens", cu_seqlens, q)
     _require(B == 1, lambda: f"q must have a batch size of 1 with cu_seqlens (sequences packed along T), got {B}")
     return Sizes(B, T, H, HV, K, V, entries - 1)
@@ -154,14 +159,14 @@ def _validate_gate(
     dtypes = _TOKEN_DTYPES if q.dtype == torch.float64 else _TOKEN_DTYPES[:3]
     if A_log is not None:
         _require_shape("A_log", A_log, "HV", HV)
-        _require_dtype("A_log", A_log, *dtypes)
+        _require_dtype("A_log", A_log, dtypes)
         _require_device("A_log", A_log, q)
     if dt_bias is not None:
         if dt_bias.dim() == 1:
             _require_shape("dt_bias", dt_bias, "HV * K", HV * K)
         else:
             _require_shape("dt_bias", dt_bias, "HV, K", HV, K)
-        _require_dtype("dt_bias", dt_bias, *dtypes)
+        _require_dtype("dt_bias", dt_bias, dtypes)
         _require_device("dt_bias", dt_bias, q)
 
 
@@ -176,7 +181,7 @@ def validate_state(name: str, state: Tensor | None, q: Tensor, s: Sizes, state_v
         return
     letters = "N, HV, V, K" if state_v_first else "N, HV, K, V"
     _require_shape(name, state, letters, *state_shape(s, s.N, state_v_first))
-    _require_dtype(name, state, state_dtype(q), why=f" where q is {_names((q.dtype,))}")
+    _require_dtype(name, state, (state_dtype(q),), q)
     _require_device(name, state, q)
 
 
@@ -192,7 +197,7 @@ def validate_pool(pool: Tensor, state_indices: Tensor, q: Tensor, s: Sizes, stat
         raise ValueError(f"state_pool must have shape [{letters}], got {_sizes(pool.shape)}")
     _require_shape("state_pool", pool, letters, *state_shape(s, pool.shape[0], state_v_first))
     dtypes = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
-    _require_dtype("state_pool", pool, *dtypes, why=f" where q is {_names((q.dtype,))}")
+    _require_dtype("state_pool", pool, dtypes, q)
     _require_device("state_pool", pool, q)
     row = 1
     for size, stride in zip(reversed(pool.shape[1:]), reversed(pool.stride()[1:]), strict=True):
@@ -214,7 +219,7 @@ def validate_pool(pool: Tensor, state_indices: Tensor, q: Tensor, s: Sizes, stat
         _require(width > 0, lambda: "state_indices must have at least one slot a sequence, got 0")
     else:
         _require_shape("state_indices", state_indices, "N", s.N)
-    _require_dtype("state_indices", state_indices, *_INDEX_DTYPES)
+    _require_dtype("state_indices", state_indices, _INDEX_DTYPES)
     _require_device("state_indices", state_indices, q)
 
 
@@ -224,7 +229,7 @@ def validate_num_accepted_tokens(accepted: Tensor | None, state_indices: Tensor,
     if state_indices.dim() != 2:
         raise ValueError("num_accepted_tokens requires state_indices of shape [N, slots], one slot a token")
     _require_shape("num_accepted_tokens", accepted, "N", s.N)
-    _require_dtype("num_accepted_tokens", accepted, *_INDEX_DTYPES)
+    _require_dtype("num_accepted_tokens", accepted, _INDEX_DTYPES)
     _require_device("num_accepted_tokens", accepted, q)
 
 
@@ -232,7 +237,7 @@ def validate_has_initial_state(has_initial_state: Tensor | None, q: Tensor, s: S
     if has_initial_state is None:
         return
     _require_shape("has_initial_state", has_initial_state, "N", s.N)
-    _require_dtype("has_initial_state", has_initial_state, torch.bool)
+    _require_dtype("has_initial_state", has_initial_state, (torch.bool,))
     _require_device("has_initial_state", has_initial_state, q)
 
 

@@ -1,0 +1,386 @@
+"""Train a byte-level KDA language model on Python's own standard library, then let it write some.
+
+The train step is compiled with ``fullgraph=True``: forward, loss, backward and optimizer. Documents are packed: ``T``
+tokens a step, their boundaries in ``cu_seqlens``, which changes at every step and recompiles nothing. Prompts are then
+prefilled into a pool of states and decoded from there, on a GPU in a CUDA graph. Needs no download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import random
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import torch
+from kda_lm import IGNORE, Config, KdaLM
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flashkda_ops import show_config
+
+matplotlib.use("Agg")
+
+PROMPTS = ("def __init__(self, ", "import ", "class ", "    for i in range(")
+CHECKED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one device does: the model, the shape of a step, the schedule."""
+
+    model: Config
+    tokens_per_step: int
+    documents_per_step: int  # the capacity of cu_seqlens
+    steps: int
+    lr: float
+    new_tokens: int
+
+
+CPU_PLAN = Plan(Config(hidden_size=128, num_layers=2, num_heads=4, head_dim=32, sequences=4), 1024, 16, 320, 4e-3, 200)
+GPU_PLAN = Plan(
+    Config(hidden_size=512, num_layers=6, num_heads=4, head_dim=128, sequences=64, dtype=torch.bfloat16),
+    8192, 64, 400, 2e-3, 400,
+)  # fmt: skip
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """``tokens`` and ``targets`` ``[1, T]`` of packed documents and their ``cu_seqlens [N + 1]``."""
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+
+
+def standard_library() -> tuple[list[bytes], list[bytes]]:
+    """The files of the running Python's standard library for training, and every 20th of them held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    paths = sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts))
+    files = [data for p in paths if len(data := p.read_bytes()) > 1]
+    if not files:
+        raise SystemExit(f"no Python sources in {root}: this Python carries its standard library in another form")
+    return [data for i, data in enumerate(files) if i % 20], files[::20]
+
+
+def packed(files: list[bytes], plan: Plan, device: torch.device, seed: int) -> Iterator[Batch]:
+    """An endless stream of batches: excerpts of random files and lengths, packed until ``T`` tokens are reached."""
+    rng, T, capacity = random.Random(seed), plan.tokens_per_step, plan.documents_per_step
+    sizes = list(accumulate(map(len, files)))
+    while True:
+        tokens, targets, ends = bytearray(), bytearray(), [0]
+        while len(tokens) < T and len(ends) <= capacity:
+            (file,) = rng.choices(files, cum_weights=sizes)
+            length = min(int(T ** rng.uniform(0.6, 1.0)), len(file) - 1, T - len(tokens))
+            start = rng.randrange(len(file) - length)
+            tokens += file[start : start + length]
+            targets += file[start + 1 : start + length + 1]
+            ends.append(len(tokens))
+        ends += ends[-1:] * (capacity + 1 - len(ends))  # repeated entries are empty sequences: the shape never changes
+        padding = T - len(tokens)  # rows past the last sequence
+        x = torch.tensor([*tokens, *[0] * padding])
+        y = torch.tensor([*targets, *[IGNORE] * padding])
+        yield Batch(*(t.to(device) for t in (x[None], y[None], torch.tensor(ends, dtype=torch.int32))))
+
+
+def packed_prompts(prompts: list[bytes], plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``tokens [1, T]`` and ``cu_seqlens`` of prompts that may fill less than the ``T`` tokens of a step."""
+    data = b"".join(prompts)
+    tokens = torch.tensor([*data, *[0] * (plan.tokens_per_step - len(data))], device=device)
+    ends = torch.tensor([0, *accumulate(map(len, prompts))], dtype=torch.int32, device=device)
+    return tokens[None], ends
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def adamw_(
+    params: list[Tensor], grads: list[Tensor], mean: list[Tensor], square: list[Tensor], lr: Tensor, step: Tensor
+) -> None:
+    """AdamW with gradients clipped to a norm of 1, in place. ``lr`` and ``step`` are tensors: values may change."""
+    beta1, beta2, decay = 0.9, 0.95, 0.1
+    clip = (1.0 / torch.stack([g.square().sum() for g in grads]).sum().sqrt()).clamp(max=1.0)
+    for p, g, m, s in zip(params, grads, mean, square, strict=True):
+        g = g * clip
+        m.lerp_(g, 1 - beta1)
+        s.lerp_(g.square(), 1 - beta2)
+        update = (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + 1e-8)
+        p.sub_(lr * (update + decay * p if p.dim() > 1 else update))
+
+
+def make_train_step(model: KdaLM, compile: Callable[..., Any]) -> Callable[..., Tensor]:
+    """``(tokens, targets, cu_seqlens, lr, step) -> loss``, which updates the model's parameters."""
+    params = list(model.parameters())
+    mean, square = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    loss_fn, update = model.loss, adamw_
+
+    def train_step(tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, lr: Tensor, step: Tensor) -> Tensor:
+        loss = loss_fn(tokens, targets, cu_seqlens)
+        grads = torch.autograd.grad(loss, params)
+        with torch.no_grad():
+            update(params, grads, mean, square, lr, step)
+        return loss.detach()
+
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # torch 2.11: autograd.grad inside the graph
+        torch._dynamo.config.trace_autograd_ops = True
+        return compile(train_step)
+    print("this torch cannot trace autograd.grad: loss (with its backward) and update are compiled as graphs of their own")
+    loss_fn, update = compile(model.loss), compile(adamw_)
+    return train_step
+
+
+def schedule(step: int, plan: Plan) -> float:
+    """Learning rate: warm-up over a twentieth of the steps, then a cosine to a tenth of the peak."""
+    warmup = max(1, plan.steps // 20)
+    if step < warmup:
+        return plan.lr * (step + 1) / warmup
+    return plan.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, plan.steps - warmup)))
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Decodes one token for every sequence a call, from the states that prefill left in the model's pools."""
+
+    def __init__(self, decode: Callable[..., Tensor], rows: Tensor, temperature: Tensor) -> None:
+        self.tokens = torch.zeros_like(rows)  # static: a captured graph reads and writes this very tensor
+        self._advance = lambda: self.tokens.copy_(decode(self.tokens, rows, temperature))
+        self._device = rows.device
+
+    def capture(self) -> None:
+        """From here on a call replays a CUDA graph. Warms up on a side stream first, as capture requires."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._advance()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance()
+        self._advance = graph.replay
+
+    def generate(self, first: Tensor, count: int, bar: str | None = None) -> tuple[Tensor, float]:
+        """``count`` tokens of each sequence, ``[N, count]``, and the tokens/s of decoding them."""
+        out = first.new_empty(count, first.shape[0])
+        self.tokens.copy_(first)
+        synchronize(self._device)
+        start = time.perf_counter()
+        for i in tqdm(range(count), desc=bar, unit="tok", disable=bar is None, mininterval=0.5):
+            out[i] = self.tokens
+            self._advance()
+        synchronize(self._device)
+        return out.T, out.numel() / (time.perf_counter() - start)
+
+
+def serving_copy(model: KdaLM) -> KdaLM:
+    """The model with its matrices in the dtype of the activations; gate parameters, norms and states stay fp32."""
+    served = copy.deepcopy(model).requires_grad_(False)
+    for module in served.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.to(model.config.dtype)
+    return served
+
+
+@torch.no_grad()
+def greedy_gap(model: KdaLM, prompt: bytes, generated: Tensor) -> tuple[int, float]:
+    """Greedily decoded tokens against the training path over the whole sequence.
+
+    Returns how many are its argmax too, and the most that one falls short of it, in logits.
+    """
+    tokens = torch.cat((torch.tensor([*prompt], device=generated.device), generated))
+    ends = torch.tensor([0, len(tokens)], device=tokens.device, dtype=torch.int32)
+    logits = model(tokens[None], ends)[0, len(prompt) - 1 : -1]
+    best, argmax = logits.max(-1)
+    chosen = logits.gather(1, generated[:, None]).squeeze(1)
+    return int((argmax == generated).sum()), float((best - chosen).max())
+
+
+# The demo ------------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def choose_backend(device: torch.device) -> str:
+    """Inductor generates C++ on a CPU and Triton, whose launchers are C, on a GPU: both need a compiler and Python.h."""
+    names = [os.environ.get("CC"), "gcc", "clang"]
+    if device.type == "cpu":
+        names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    has_header = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    if has_header and any(shutil.which(name) for name in names if name):
+        return "inductor"
+    print(f"no {'C++' if device.type == 'cpu' else 'C'} compiler (or no Python.h) found: compiling with aot_eager")
+    return "aot_eager"
+
+
+def compilations() -> tuple[int, int]:
+    """Graph breaks and compiled graphs so far."""
+    counters = torch._dynamo.utils.counters
+    return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+
+
+def plot(losses: list[float], held_out: tuple[float, float], out: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    ax.plot(losses, lw=0.8, alpha=0.4, color="tab:blue")
+    window = max(1, len(losses) // 25)
+    smooth = [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - window + 1) : i + 1])]
+    ax.plot(smooth, color="tab:blue", label="training")
+    ax.plot([0, len(losses)], held_out, "o", color="tab:orange", label="held-out files")
+    ax.axhline(math.log(256), ls=":", color="gray", label="uniform")
+    ax.set(xlabel="step", ylabel="loss (nats per byte)", title="KDA on the Python standard library")
+    ax.legend()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(out, dpi=150)
+    plt.close(fig)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help=f"training steps ({CPU_PLAN.steps} on a CPU, {GPU_PLAN.steps} on a GPU)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--prompt", action="append", help="what a sample starts with; may be repeated, up to 4 are shown")
+    parser.add_argument("--tokens", type=int, help=f"of each sample ({CPU_PLAN.new_tokens}, {GPU_PLAN.new_tokens})")
+    parser.add_argument("--temperature", type=float, default=0.6, help="of sampling; 0 is greedy (%(default)s)")
+    out = Path(__file__).parent / "out" / "loss.png"
+    parser.add_argument("--out", type=Path, default=out, help="the loss curve (examples/out/loss.png)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    began = time.perf_counter()
+    args = parse_args()
+    device = torch.device(args.device)
+    plan = GPU_PLAN if device.type == "cuda" else CPU_PLAN
+    plan = Plan(plan.model, plan.tokens_per_step, plan.documents_per_step, args.steps or plan.steps, plan.lr,
+                args.tokens or plan.new_tokens)  # fmt: skip
+    torch.manual_seed(args.seed)
+    show_config()
+    backend = choose_backend(device)
+
+    def compile(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend)
+
+    train_files, held_out_files = standard_library()
+    with device:
+        model = KdaLM(plan.model)
+    T, N = plan.tokens_per_step, plan.model.sequences
+    print(
+        f"device {device}, torch {torch.__version__}, backend {backend}\n"
+        f"data   {len(train_files)} files, {sum(map(len, train_files)) / 1e6:.1f} MB, {len(held_out_files)} held out\n"
+        f"model  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {plan.model.num_layers} layers, "
+        f"{plan.model.num_heads} heads of {plan.model.head_dim}, {T} tokens a step"
+    )
+
+    # Training. The first call of a compiled function compiles it; from then on nothing may compile again.
+    train_step, eval_loss = make_train_step(model, compile), torch.no_grad()(compile(model.loss))
+    eval_batches = [
+        [next(stream) for _ in range(8)]
+        for stream in (packed(files, plan, device, seed=-1) for files in (train_files, held_out_files))
+    ]
+
+    def evaluate() -> list[float]:
+        return [sum(float(eval_loss(*batch)) for batch in batches) / len(batches) for batches in eval_batches]
+
+    stream = packed(train_files, plan, device, args.seed)
+    scalars = [torch.tensor([schedule(i, plan), i + 1.0], device=device) for i in range(plan.steps)]
+    start = time.perf_counter()
+    before = evaluate()
+    losses = [train_step(*next(stream), *scalars[0])]
+    synchronize(device)
+    print(f"train step and evaluation compiled in {time.perf_counter() - start:.0f} s")
+    warm = compilations()
+    start = time.perf_counter()
+    with tqdm(range(1, plan.steps), desc="train", unit="step", mininterval=0.5) as bar:
+        for i in bar:
+            losses.append(train_step(*next(stream), *scalars[i]))
+            if i % 10 == 0:
+                bar.set_postfix(loss=f"{losses[-1].item():.2f}")
+    synchronize(device)
+    speeds = {"train": (plan.steps - 1) * T / (time.perf_counter() - start)}
+    after = evaluate()
+    after_training = compilations()
+    plot([float(x) for x in losses], (before[1], after[1]), args.out)
+
+    # Prefill: prompts packed like documents, their states into the rows of each layer's pool.
+    served = serving_copy(model)
+    prefill, decode = (torch.no_grad()(compile(fn)) for fn in (served.prefill, served.decode))
+    rows = torch.arange(N, device=device)
+    temperature = torch.zeros((), device=device)  # a tensor: greedy and sampled decoding share one graph
+    start = time.perf_counter()
+    decoder = Decoder(decode, rows, temperature)
+    eager = Decoder(torch.no_grad()(served.decode), rows, temperature)
+    shown = [p.encode() for p in args.prompt or PROMPTS][:4]
+    prompts = [shown[i % len(shown)][-(T // N) :] for i in range(N)]
+    long_prompts = [file[: T // N] for file in sorted(held_out_files, key=len)[-N:]]
+    long_prompts = [long_prompts[i % len(long_prompts)] for i in range(N)]
+    for batch in (packed_prompts(prompts, plan, device), packed_prompts(long_prompts, plan, device)):
+        first = prefill(*batch, rows, temperature)
+    decoder.generate(first, 2)
+    if device.type == "cuda":
+        decoder_graph = Decoder(decode, rows, temperature)
+        decoder_graph.capture()
+    synchronize(device)
+    print(f"prefill and decode compiled in {time.perf_counter() - start:.0f} s")
+    warm_serving = compilations()
+    start, repeats = time.perf_counter(), 5
+    for _ in range(repeats):
+        first = prefill(*batch, rows, temperature)
+    synchronize(device)
+    speeds["prefill"] = repeats * int(batch[1][-1]) / (time.perf_counter() - start)
+
+    _, speeds["decode, eager"] = eager.generate(first, 20)
+    _, speeds["decode, compiled"] = decoder.generate(first, 100)
+    if device.type == "cuda":
+        decoder = decoder_graph
+        _, speeds["decode, CUDA graph"] = decoder.generate(first, plan.new_tokens)
+
+    # Greedy, to hold it against the training path; then the samples.
+    batch = packed_prompts(prompts, plan, device)
+    greedy, _ = decoder.generate(prefill(*batch, rows, temperature), CHECKED_TOKENS)
+    same, gap = greedy_gap(served, prompts[0], greedy[0])
+    print(f"greedy decode from the state: {same} of {CHECKED_TOKENS} tokens are the training path's, logit gap {gap:.1e}")
+    tolerance = 0.25 if plan.model.dtype == torch.bfloat16 else 1e-3  # near ties may fall either way
+    if gap > tolerance:
+        raise SystemExit(f"prefill and decode disagree with the training path by {gap:.2e} in the logits")
+    temperature.fill_(args.temperature)
+    samples, _ = decoder.generate(prefill(*batch, rows, temperature), plan.new_tokens, bar="generate")
+    after_serving = compilations()
+    for prompt, tokens in zip(prompts, samples.tolist()[: len(shown)], strict=False):
+        print(f"{'-' * 100}\n{(prompt + bytes(tokens)).decode(errors='replace')}")
+
+    deltas = [(b - a, c - d) for (a, d), (b, c) in ((warm, after_training), (warm_serving, after_serving))]
+    breaks, recompiles = (sum(x) for x in zip(*deltas, strict=True))
+    print("-" * 100)
+    print(f"{'loss (nats per byte)':<28}{'before':>10}{'after':>10}")
+    for name, a, b in zip(("training files", "held-out files"), before, after, strict=True):
+        print(f"  {name:<26}{a:>10.3f}{b:>10.3f}")
+    print("tokens per second")
+    for name, speed in speeds.items():
+        print(f"  {name:<26}{speed:>20,.0f}")
+    print(f"{'graph breaks, recompilations':<28}{breaks:>10}{recompiles:>10}   after warm-up")
+    print(f"loss curve: {os.path.relpath(args.out)}; all in {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

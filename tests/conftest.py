@@ -1,0 +1,19 @@
+"""GPU tests skip, with their reason, where there is none."""
+
+import pytest
+import torch
+
+from flashkda_ops import cuda
+
+
+def _no_gpu_reason() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device here"
+    return cuda.device_reason(torch.device("cuda", 0))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _no_gpu_reason()
+    for item in items:
+        if reason is not None and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,119 @@
+"""Calls of the ops with known contents, the fp64 reference of a call, and how far a result is from it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashkda_ops.reference import recurrent_kda_reference
+
+Call = dict[str, Any]
+"""Keyword arguments that the Python functions, the ops and the reference share."""
+
+TOKENS = ("q", "k", "v", "g", "beta")
+DIFFERENTIABLE = (*TOKENS, "A_log", "dt_bias", "initial_state")
+
+GATES = ("precomputed", "bounded", "bounded, no A_log", "bounded, no dt_bias", "unbounded", "unbounded, no dt_bias")
+BETAS = ("raw", "sigmoid", "negative eigenvalues")
+
+
+def make_call(
+    T: int,
+    *,
+    B: int = 1,
+    H: int = 2,
+    HV: int = 4,
+    K: int = 16,
+    V: int = 8,
+    gate: str = "bounded",
+    beta: str = "sigmoid",
+    l2norm: bool = True,
+    dtype: torch.dtype = torch.float32,
+    cu_seqlens: list[int] | None = None,
+    initial_state: bool = False,
+    state_v_first: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Call:
+    """Random tokens whose gates are slow in one half of the heads and fast in the other."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def cast(x: Tensor, to: torch.dtype = dtype) -> Tensor:
+        return x.to(device, to)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k = randn(B, T, H, K), randn(B, T, H, K)
+    if not l2norm:
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    slow = torch.where(torch.arange(HV) < HV // 2, -6.0, 0.0).double().unsqueeze(-1).expand(HV, K)
+    g, raw_beta = randn(B, T, HV, K), randn(B, T, HV)
+    call: Call = {
+        "q": cast(q),
+        "k": cast(k),
+        "v": cast(randn(B, T, HV, V)),
+        "g": cast(g if gate != "precomputed" else -torch.nn.functional.softplus(g + slow)),
+        "beta": cast(raw_beta if beta != "raw" else raw_beta.sigmoid()),
+        "use_qk_l2norm_in_kernel": l2norm,
+        "use_beta_sigmoid_in_kernel": beta != "raw",
+        "allow_neg_eigval": beta == "negative eigenvalues",
+    }
+    if gate != "precomputed":
+        call["use_gate_in_kernel"] = True
+        call["lower_bound"] = -5.0 if gate.startswith("bounded") else None
+        if not gate.endswith("no A_log"):
+            call["A_log"] = cast(0.3 * randn(HV), wide)
+        if not gate.endswith("no dt_bias"):
+            call["dt_bias"] = cast(slow + 0.1 * randn(HV, K), wide)
+    if cu_seqlens is not None:
+        call["cu_seqlens"] = torch.tensor(cu_seqlens, device=device)
+    if initial_state:
+        N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        call["initial_state"] = cast(randn(N, HV, V, K) if state_v_first else randn(N, HV, K, V), wide)
+    if state_v_first:
+        call["state_v_first"] = True
+    return call
+
+
+_REFERENCE_ARGS = frozenset(inspect.signature(recurrent_kda_reference).parameters)
+
+
+def reference(call: Call) -> tuple[Tensor, Tensor]:
+    """Output and final state of a call in fp64, token by token."""
+    return recurrent_kda_reference(**{name: x for name, x in call.items() if name in _REFERENCE_ARGS})
+
+
+def paged(call: Call, state_pool: Tensor, state_indices: Tensor, **changes: Any) -> Call:
+    """The same call with its states in a pool."""
+    call = {name: x for name, x in call.items() if name != "initial_state"}
+    return {**call, "state_pool": state_pool, "state_indices": state_indices, **changes}
+
+
+def rows(call: Call, start: int, end: int | None = None) -> Call:
+    """The call on tokens ``start`` to ``end`` of every sequence of a dense batch."""
+    return {**call, **{name: call[name][:, start:end] for name in TOKENS}}
+
+
+def requiring_grad(call: Call, names: tuple[str, ...] = DIFFERENTIABLE) -> Call:
+    """The call with leaves of their own, as far as it has them, in place of the named arguments."""
+    return {**call, **{name: call[name].detach().clone().requires_grad_() for name in names if name in call}}
+
+
+def error(actual: Tensor, expected: Tensor, heads: int | None = None) -> float:
+    """``||actual - expected|| / ||expected||``: of the whole tensor, or of the worst head where it is worse."""
+    assert actual.shape == expected.shape
+    difference, expected = actual.double() - expected.double(), expected.double()
+    parts = [(difference, expected)]
+    if heads is not None:
+        parts += zip(difference.unbind(heads), expected.unbind(heads), strict=True)
+    return max((float(d.norm() / e.norm().clamp_min(1e-30)) for d, e in parts), default=0.0)
+
+
+def output_error(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:
+    """The worse of the errors of an output and a state."""
+    return max(error(actual[0], expected[0], heads=2), error(actual[1], expected[1], heads=1))
