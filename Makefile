@@ -32,6 +32,7 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) benchmarks/tables.py --check
 
 wheel:
 	$(PYTHON) -m pip wheel . --no-deps -w dist

@@ -1,0 +1,95 @@
+"""Copy the figures of ``results/*.json``, and the usage examples, into the README and the docs.
+
+A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``, where NAME is a function below; a file of
+``examples/`` between ``<!-- example: NAME -->`` and ``<!-- end -->``.
+
+    python benchmarks/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+MARKER = re.compile(r"(<!-- (results|example): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def source(record: dict[str, Any]) -> str:
+    where = record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
+    return f"\n{where}, torch {record['torch']}, {record['date']}, commit {record['commit']}.\n"
+
+
+def decode() -> str:
+    record = load("decode-h100")
+    cells: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in record["rows"]:
+        cells.setdefault((row["heads"], row["sequences"]), {})[row["impl"]] = row
+    rows = []
+    for (heads, sequences), impls in cells.items():
+        ours, fla = impls["flashkda_ops"], impls["fla"]
+        rows.append(
+            [str(heads), str(sequences), f"{ours['floor_us']:.1f}", f"{ours['graph_us']:.1f}", f"{fla['graph_us']:.1f}"]
+            + [f"{ours['graph_us'] / ours['floor_us']:.2f}", f"{fla['graph_us'] / ours['graph_us']:.2f}"]
+            + [f"{ours['error']:.1e}", f"{fla['error']:.1e}"]
+        )
+    header = ["heads", "sequences", "floor, us", "flashkda_ops, us", f"fla {record['peers']['fla']}, us"]
+    header += ["over the floor", "times fla's speed", "error", "fla's error"]
+    return table(header, rows) + source(record)
+
+
+def portable() -> str:
+    record = load("portable-cpu")
+    rows = [
+        [row["impl"], row["regime"], f"{row['eager_us'] / 1e3:.1f}", f"{row['error']:.1e}" if "error" in row else ""]
+        for row in record["rows"]
+    ]
+    return table([record["rows"][0]["shape"], "gates", "ms", "error"], rows) + source(record)
+
+
+def host() -> str:
+    record = load("host-cpu")
+    rows = [[row["impl"], f"{row['host_us']:.0f}"] for row in record["rows"]]
+    return table(["one eager call", "us"], rows) + source(record)
+
+
+def example(name: str) -> str:
+    return f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text()}```\n"
+
+
+TABLES = {table.__name__: table for table in (decode, portable, host)}
+
+
+def fill(match: re.Match[str]) -> str:
+    start, kind, name, end = match.groups()
+    return start + (TABLES[name]() if kind == "results" else example(name)) + end
+
+
+def main() -> int:
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        filled = MARKER.sub(fill, text)
+        if filled != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(filled)
+    if stale:
+        print("differs from what it copies:" if "--check" in sys.argv else "updated:", *stale)
+    return int("--check" in sys.argv and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
