@@ -14,6 +14,7 @@ from torch import Tensor
 from flashkda_ops.ops import chunk_kda as _chunk
 from flashkda_ops.ops import chunk_kda_paged as _chunk_paged
 from flashkda_ops.ops import recurrent_kda_paged as _recurrent_paged
+from flashkda_ops.validation import validate_state, validate_tokens
 
 __all__ = ["chunk_kda", "chunk_kda_paged", "recurrent_kda", "recurrent_kda_paged"]
 
@@ -197,12 +198,20 @@ def recurrent_kda(
     if not use_gate_in_kernel:
         A_log = dt_bias = lower_bound = None
     state_v_first = _state_v_first(state_v_first, transpose_state_layout)
+    if not torch.compiler.is_compiling():  # the op knows the states as its pool and does not require a row a sequence
+        sizes = validate_tokens(
+            q, k, v, g, beta, A_log, dt_bias, cu_seqlens, use_gate_in_kernel=use_gate_in_kernel,
+            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
+            lower_bound=lower_bound,
+        )  # fmt: skip
+        validate_state("initial_state", initial_state, q, sizes, state_v_first)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
         K, (HV, V) = q.shape[-1], v.shape[-2:]
         shape = (sequences, HV, V, K) if state_v_first else (sequences, HV, K, V)
         states = q.new_zeros(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     else:
+        torch._check_value(initial_state.shape[0] == sequences, lambda: "initial_state must have one row a sequence")
         states = initial_state.detach().clone(memory_format=torch.contiguous_format)
     rows = torch.arange(sequences, device=q.device, dtype=torch.int32)
     o = torch.ops.flashkda.recurrent_kda_paged.default(

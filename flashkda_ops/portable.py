@@ -199,18 +199,23 @@ def _levels(prefix: Tensor, suffix: Tensor) -> Iterator[_Level]:
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and second halves of blocks of ``size`` rows: views ``[n, M, C / size, size / 2, D]``."""
-    n, M, C, D = x.shape
-    lo, hi = x.view(n, M, C // size, 2, size // 2, D).unbind(3)
+    """First and second halves of blocks of ``size`` rows: views ``[n, M, C / size, size / 2, ...]``."""
+    n, M, C, *rest = x.shape
+    lo, hi = x.view(n, M, C // size, 2, size // 2, *rest).unbind(3)
     return lo, hi
 
 
 def _score_blocks(scores: Tensor, size: int) -> Tensor:
-    """The blocks (second half, first half) of ``[n, M, C, C]``: a view ``[n, M, C / size, size / 2, size / 2]``."""
-    n, M, C, _ = scores.shape
+    """Blocks (second half, first half) of ``[n, M, C, 2, C]``: a view ``[n, M, C / size, size / 2, 2, size / 2]``."""
+    n, M, C, _, _ = scores.shape
     half = size // 2
-    blocks = scores.view(n, M, C // size, size, C // size, size).diagonal(dim1=2, dim2=4)
-    return blocks[:, :, half:, :half].permute(0, 1, 4, 2, 3)
+    blocks = scores.view(n, M, C // size, size, 2, C // size, size).diagonal(dim1=2, dim2=5)
+    return blocks[:, :, half:, :, :half].permute(0, 1, 5, 2, 3, 4)
+
+
+def _by_tokens(x: Tensor, decay: Tensor) -> Tensor:
+    """``x [..., 2, K]`` times its tokens' ``decay [..., K]``, both rows of a token under each other: ``[..., K]``."""
+    return (x * decay.unsqueeze(-2)).flatten(-3, -2)
 
 
 def _inverse(L: Tensor) -> Tensor:
@@ -228,8 +233,7 @@ def _exp(x: Tensor) -> Tensor:
 class _Chunks:
     """Tokens in chunks, with the factors that both directions need. Shapes ``[n, M, C, .]``, ``M = B * HV``."""
 
-    q: Tensor  # scaled, and normalised if asked
-    k: Tensor
+    qk: Tensor  # [n, M, C, 2, K]: a token's query (scaled, and normalised if asked) and key, for one product with both
     v: Tensor
     beta: Tensor  # [n, M, C, 1]
     g: Tensor  # log decay
@@ -239,12 +243,27 @@ class _Chunks:
     Kd: Tensor
     Qd: Tensor
     Kr: Tensor
-    N: Tensor  # [n, M, C, C]: strictly lower Kd Ki^T
-    P: Tensor  # [n, M, C, C]: lower Qd Ki^T
+    PN: Tensor  # [n, M, C, 2, C]: a token's rows of P, lower Qd Ki^T, and of N, strictly lower Kd Ki^T
     T: Tensor  # [n, M, C, C]: (I + diag(beta) N)^-1
     A: Tensor  # T diag(beta)
     AV: Tensor
     AKd: Tensor
+
+    @property
+    def q(self) -> Tensor:
+        return self.qk[..., 0, :]
+
+    @property
+    def k(self) -> Tensor:
+        return self.qk[..., 1, :]
+
+    @property
+    def P(self) -> Tensor:
+        return self.PN[..., 0, :]
+
+    @property
+    def N(self) -> Tensor:
+        return self.PN[..., 1, :]
 
 
 class _Inputs(NamedTuple):
@@ -315,21 +334,20 @@ def _softplus(x: Tensor) -> Tensor:
 def _prepare(layout: _Layout, x: _Activated, c0: int, c1: int) -> _Chunks:
     q, k, v, g, beta = (layout.split(t, c0, c1) for t in x)
     n, M, C, _ = k.shape
+    qk = torch.stack((q, k), 3)
     prefix, suffix = g.clone(), torch.zeros_like(g)
-    N, P = k.new_zeros(n, M, C, C), k.new_zeros(n, M, C, C)
-    P.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+    PN = k.new_zeros(n, M, C, 2, C)
+    PN[..., 0, :].diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
     for size, hi, lo in _levels(prefix, suffix):
-        k_lo, k_hi = _halves(k, size)
-        right = (k_lo * lo).mT
-        _score_blocks(N, size).copy_((k_hi * hi) @ right)
-        _score_blocks(P, size).copy_((_halves(q, size)[1] * hi) @ right)
+        scores = _by_tokens(_halves(qk, size)[1], hi) @ (_halves(k, size)[0] * lo).mT
+        _score_blocks(PN, size).copy_(scores.unflatten(-2, (-1, 2)))
     from_start, to_end = _exp(prefix), _exp(suffix)
     Kd = k * from_start
-    T = _inverse(beta * N)
+    T = _inverse(beta * PN[..., 1, :])
     A = T * beta.mT
     gamma = from_start[:, :, -1].unsqueeze(-1)
     return _Chunks(
-        q, k, v, beta, g, from_start, to_end, gamma, Kd, q * from_start, k * to_end, N, P, T, A, A @ v, A @ Kd
+        qk, v, beta, g, from_start, to_end, gamma, Kd, q * from_start, k * to_end, PN, T, A, A @ v, A @ Kd
     )  # fmt: skip
 
 
@@ -566,25 +584,23 @@ def _segment_backward(
     dW, dleaving = _scan_backward(x, dO, dstates, c0)
 
     Y = x.T.mT @ (x.P.mT @ dO + x.Kr @ dleaving)
-    dP = (dO @ U.mT).tril_()
-    dN = (dW @ U.mT).tril_(-1).neg_()
+    dPN = torch.stack(((dO @ U.mT), (dW @ U.mT).neg_()), 3)  # only its parts below the diagonal are read
     dbeta = (Y * (x.v - x.Kd @ S - x.N @ U)).sum(-1, keepdim=True)
     dKr = U @ dleaving.mT
-    dq = x.from_start * (dO @ S.mT)
-    k_up = -x.from_start * (dW @ S.mT)
-    k_down = x.to_end * dKr
+    up = torch.stack((dO @ S.mT, (dW @ S.mT).neg_()), 3).mul_(x.from_start.unsqueeze(3))  # of q, and of k from before
+    k_down = x.to_end * dKr  # of k from behind
     for size, hi, lo in _levels(x.g.clone(), torch.zeros_like(x.g)):
-        k_lo, k_hi = _halves(x.k, size)
-        q_hi = _halves(x.q, size)[1]
-        dP_block, dN_block = _score_blocks(dP, size), _score_blocks(dN, size)
-        right = k_lo * lo
-        _halves(dq, size)[1].add_(hi * (dP_block @ right))
-        _halves(k_up, size)[1].add_(hi * (dN_block @ right))
-        _halves(k_down, size)[0].add_(lo * (dP_block.mT @ (q_hi * hi) + dN_block.mT @ (k_hi * hi)))
+        (qk_lo, qk_hi), blocks = _halves(x.qk, size), _score_blocks(dPN, size).flatten(3, 4)
+        read = (blocks @ (qk_lo[..., 1, :] * lo)).unflatten(-2, (-1, 2))
+        _halves(up, size)[1].addcmul_(read, hi.unsqueeze(-2))
+        _halves(k_down, size)[0].addcmul_(blocks.mT @ _by_tokens(qk_hi, hi), lo)
+    dq, k_up = up.unbind(3)
     dG = x.q * dq + x.k * (k_up - k_down)
     dG[:, :, -1] += (dKr * x.Kr).sum(-2) + (x.gamma * dleaving * S).sum(-1)
     dg = dG.flip(-2).cumsum(-2).flip(-2)
-    diagonal = dP.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # a token reads itself undecayed: nothing for the gate
+    diagonal = (
+        dPN[..., 0, :].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    )  # a token reads itself undecayed: nothing for the gate
     dq = dq + diagonal * x.k
     dk = k_up + k_down + diagonal * x.q
 
