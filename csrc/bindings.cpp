@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "params.h"
+#include "sm90/chunk_kda_fwd/launch.h"
 #include "sm90/recurrent_kda/config.h"
 #include "sm90/recurrent_kda/launch.h"
 
@@ -111,6 +112,53 @@ void recurrent_kda_paged(const View& o, const View& q, const View& k, const View
   check(launch(p, rows_per_warp, reinterpret_cast<cudaStream_t>(stream)), "recurrent_kda_paged");
 }
 
+// A tensor of a batch of sequences: its address, and its strides over the batch, tokens and heads.
+using BatchedView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+void set(const void*& base, BatchedStrides& stride, const BatchedView& view) {
+  base = pointer(std::get<0>(view));
+  stride = {std::get<1>(view), std::get<2>(view), std::get<3>(view)};
+}
+
+void chunk_kda_fwd(const BatchedView& q, const BatchedView& k, const BatchedView& v, const BatchedView& g, const BatchedView& beta,
+                   uintptr_t o, uintptr_t A_log, uintptr_t dt_bias, uintptr_t initial_state, uintptr_t final_state,
+                   uintptr_t cu_seqlens, uintptr_t workspace, int batch, int64_t tokens, int heads, int value_heads, int sequences,
+                   Dtype dtype, Dtype g_dtype, Dtype beta_dtype, bool cu_seqlens_is_64bit, bool state_v_first, Gate gate,
+                   float lower_bound, float scale, bool qk_l2norm, bool beta_sigmoid, float beta_factor, int device, uintptr_t stream) {
+  ChunkKdaFwdParams p = {};
+  set(p.q, p.q_stride, q);
+  set(p.k, p.k_stride, k);
+  set(p.v, p.v_stride, v);
+  set(p.g, p.g_stride, g);
+  set(p.beta, p.beta_stride, beta);
+  p.o = pointer<void>(o);
+  p.A_log = pointer<const float>(A_log);
+  p.dt_bias = pointer<const float>(dt_bias);
+  p.initial_state = pointer<const float>(initial_state);
+  p.final_state = pointer<float>(final_state);
+  p.cu_seqlens = pointer(cu_seqlens);
+  p.workspace = pointer<void>(workspace);
+  p.batch = batch;
+  p.tokens = tokens;
+  p.heads = heads;
+  p.value_heads = value_heads;
+  p.sequences = sequences;
+  p.sm_count = sm_count(device);
+  p.dtype = dtype;
+  p.g_dtype = g_dtype;
+  p.beta_dtype = beta_dtype;
+  p.cu_seqlens_is_64bit = cu_seqlens_is_64bit;
+  p.state_v_first = state_v_first;
+  p.gate = gate;
+  p.lower_bound = lower_bound;
+  p.scale = scale;
+  p.qk_l2norm = qk_l2norm;
+  p.beta_sigmoid = beta_sigmoid;
+  p.beta_factor = beta_factor;
+  use_device(device);
+  check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_fwd");
+}
+
 std::string cuda_version() {
   return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
 }
@@ -147,4 +195,9 @@ PYBIND11_MODULE(_C, m) {
         "index_is_64bit"_a, "A_log"_a, "dt_bias"_a, "sequences"_a, "heads"_a, "value_heads"_a, "head_dim_k"_a,
         "head_dim_v"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a,
         "beta_sigmoid"_a, "beta_factor"_a, "rows_per_warp"_a, "device"_a, "stream"_a);
+  m.def("chunk_kda_fwd_workspace_bytes", &flashkda::chunk_kda_fwd_workspace_bytes, "sequences"_a, "value_heads"_a, "has_cu_seqlens"_a, "sm_count"_a);
+  m.def("chunk_kda_fwd", &flashkda::chunk_kda_fwd, py::kw_only(), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "o"_a, "A_log"_a, "dt_bias"_a,
+        "initial_state"_a, "final_state"_a, "cu_seqlens"_a, "workspace"_a, "batch"_a, "tokens"_a, "heads"_a, "value_heads"_a,
+        "sequences"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "cu_seqlens_is_64bit"_a, "state_v_first"_a, "gate"_a,
+        "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a, "device"_a, "stream"_a);
 }

@@ -2,6 +2,7 @@
 // Python.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace flashkda {
@@ -49,6 +50,50 @@ struct RecurrentKdaParams {
   Dtype g_dtype;
   Dtype beta_dtype;
   bool index_is_64bit;
+
+  Gate gate;
+  float lower_bound;
+  float scale;
+  bool qk_l2norm;
+  bool beta_sigmoid;
+  float beta_factor;  // 2 where negative eigenvalues are allowed, else 1; applies after the sigmoid
+};
+
+struct BatchedStrides {
+  int64_t batch;
+  int64_t token;
+  int64_t head;
+};
+
+// Whole sequences: every row of the batch is one, or cu_seqlens cuts the only row of the batch into `sequences` of them.
+struct ChunkKdaFwdParams {
+  const void* q;               // [batch, tokens, heads, 128]        dtype
+  const void* k;               // [batch, tokens, heads, 128]        dtype
+  const void* v;               // [batch, tokens, value_heads, 128]  dtype
+  const void* g;               // [batch, tokens, value_heads, 128]  g_dtype: dtype or fp32
+  const void* beta;            // [batch, tokens, value_heads]       beta_dtype: any
+  void* o;                     // [batch, tokens, value_heads, 128]  dtype, dense
+  const float* A_log;          // [value_heads], or null for a factor of 1
+  const float* dt_bias;        // [value_heads, 128], or null for 0
+  const float* initial_state;  // [sequences, value_heads, 128, 128], or null for 0
+  float* final_state;          // the same, or null
+  const void* cu_seqlens;      // [sequences + 1] int32 or int64, or null
+  void* workspace;             // chunk_kda_fwd_workspace_bytes(), 16-byte aligned
+
+  BatchedStrides q_stride, k_stride, v_stride, g_stride, beta_stride;
+
+  int batch;
+  int64_t tokens;
+  int heads;
+  int value_heads;
+  int sequences;
+  int sm_count;
+
+  Dtype dtype;
+  Dtype g_dtype;
+  Dtype beta_dtype;
+  bool cu_seqlens_is_64bit;
+  bool state_v_first;  // states are [V, K], else [K, V]
 
   Gate gate;
   float lower_bound;

@@ -183,3 +183,147 @@ def recurrent_kda_paged(
             device=device.index,
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
+
+
+_MAX_STRIDE_BYTES = 1 << 40  # of a TMA descriptor
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tma_loadable(x: Tensor) -> Tensor:
+    """x of [B, T, H, D], or a copy where a TMA descriptor cannot describe it."""
+    size = x.element_size()
+    described = x.stride(3) == 1 and x.data_ptr() % 16 == 0
+    for dim in (0, 1, 2):
+        step = x.stride(dim) * size
+        # A stride over a single index is never taken.
+        described = described and (x.shape[dim] == 1 or (step % 16 == 0 and 0 < step < _MAX_STRIDE_BYTES))
+    return x if described else x.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def chunk_kda_reason(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> str | None:
+    """Why the prefill kernel does not serve this (valid) call, or None if it does. Reads no tensor's values."""
+    reason = device_reason(q.device)
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "the prefill kernel is built for compute capability 9.0 alone"
+    if q.shape[3] != 128 or v.shape[3] != 128:
+        return f"K={q.shape[3]}, V={v.shape[3]}: the kernel has K=V=128"
+    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the kernel takes all bfloat16 or all float16"
+    if g.dtype not in (q.dtype, torch.float32):
+        return f"g is {g.dtype} beside {q.dtype}: the kernel takes q's dtype or float32"
+    if beta.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"beta is {beta.dtype}: the kernel takes bfloat16, float16 or float32"
+    if initial_state is not None and initial_state.dtype != torch.float32:
+        return f"initial_state is {initial_state.dtype}: the kernel takes float32"
+    batch, tokens, value_heads = v.shape[:3]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if batch == 0 or tokens == 0 or sequences == 0 or value_heads == 0:
+        return "empty tensors"
+    if tokens > 2**31 - 64 or sequences * value_heads > 2**31 - 1024:
+        return f"T={tokens}, {sequences} sequences of {value_heads} heads: the kernel counts in 32 bits"
+    return None
+
+
+def chunk_kda(
+    o: Tensor,
+    final_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    lower_bound: float | None,
+    state_v_first: bool,
+) -> None:
+    """Launches the prefill kernel on the current stream; writes o and final_state, both dense."""
+    device = q.device
+    extension, dtypes = _extension(), _dtypes()
+    # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
+    q, k, v, g = _tma_loadable(q), _tma_loadable(k), _tma_loadable(v), _tma_loadable(g)
+    gate = extension.Gate.precomputed
+    if use_gate_in_kernel:
+        gate = extension.Gate.unbounded if lower_bound is None else extension.Gate.bounded
+        A_log = None if A_log is None else A_log.float().contiguous()
+        dt_bias = None if dt_bias is None else dt_bias.float().reshape(-1).contiguous()
+    else:
+        A_log = dt_bias = None
+    if initial_state is not None:
+        initial_state = _aligned(initial_state)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+    batch, tokens, heads = q.shape[:3]
+    value_heads = v.shape[2]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    size = extension.chunk_kda_fwd_workspace_bytes(sequences, value_heads, cu_seqlens is not None, _sm_count(device))
+    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+
+    def address(x: Tensor | None) -> int:
+        return 0 if x is None else x.data_ptr()
+
+    def view(x: Tensor) -> tuple[int, ...]:
+        return x.data_ptr(), *x.stride()[:3]
+
+    with _current(device):
+        extension.chunk_kda_fwd(
+            q=view(q),
+            k=view(k),
+            v=view(v),
+            g=view(g),
+            beta=view(beta),
+            o=o.data_ptr(),
+            A_log=address(A_log),
+            dt_bias=address(dt_bias),
+            initial_state=address(initial_state),
+            final_state=address(final_state),
+            cu_seqlens=address(cu_seqlens),
+            workspace=address(workspace),
+            batch=batch,
+            tokens=tokens,
+            heads=heads,
+            value_heads=value_heads,
+            sequences=sequences,
+            dtype=dtypes[q.dtype],
+            g_dtype=dtypes[g.dtype],
+            beta_dtype=dtypes[beta.dtype],
+            cu_seqlens_is_64bit=cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+            state_v_first=state_v_first,
+            gate=gate,
+            lower_bound=-1.0 if lower_bound is None else lower_bound,
+            scale=scale,
+            qk_l2norm=use_qk_l2norm_in_kernel,
+            beta_sigmoid=use_beta_sigmoid_in_kernel,
+            beta_factor=2.0 if allow_neg_eigval else 1.0,
+            device=device.index,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashkda_ops.paged import on_rows, read_rows, safe_cu_seqlens, valid_slots, write_rows
 from flashkda_ops.reference import l2norm
 
-__all__ = ["Gradients", "KdaOptions", "chunk_kda", "chunk_kda_backward", "chunk_kda_paged", "recurrent_kda_paged"]
+__all__ = ["Gradients", "KdaOptions", "chunk_kda", "chunk_kda_backward", "recurrent_kda_paged"]
 
 CHUNK = 32
 
@@ -86,8 +87,7 @@ class _DenseLayout:
 class _PackedLayout:
     """``[1, T, ...]`` with ``cu_seqlens``: the chunks of all sequences in one row, in order.
 
-    A malformed ``cu_seqlens`` is made harmless by clamping it to ``[0, T]`` and taking its running maximum. ``chunks``
-    is the most that ``N`` sequences of ``T`` tokens can need; ``seq`` is ``N`` for those that they do not.
+    ``chunks`` is the most that ``N`` sequences of ``T`` tokens can need; ``seq`` is ``N`` for those that they do not.
     """
 
     batch = 1
@@ -99,12 +99,11 @@ class _PackedLayout:
         self.sequences = N
         self.rows = self.chunks * chunk
         device = cu_seqlens.device
-        cu = cu_seqlens.long().clamp(0, T).cummax(0).values
+        cu = safe_cu_seqlens(cu_seqlens, T)
         lengths = cu.diff()
         needed = (lengths + (chunk - 1)) // chunk
         ends = needed.cumsum(0)
         starts = ends - needed
-        self.empty = lengths == 0
 
         c = torch.arange(self.chunks, device=device)
         self.seq = torch.searchsorted(ends, c, right=True)
@@ -161,11 +160,6 @@ def _segments(layout: _Layout, v: Tensor, K: int) -> list[tuple[int, int]]:
     elements = layout.batch * v.shape[2] * layout.chunk * max(K, v.shape[3])
     step = max(1, (1 << 17 if v.device.type == "cpu" else 1 << 24) // elements)
     return [(c, min(c + step, layout.chunks)) for c in range(0, layout.chunks, step)]
-
-
-def _chunk_length(tokens_per_sequence: int, longest: int = CHUNK) -> int:
-    """The smallest power of two that holds a sequence, up to ``longest``."""
-    return min(longest, 1 << max(0, tokens_per_sequence - 1).bit_length())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,10 +493,11 @@ def chunk_kda(
     *,
     state_v_first: bool,
     checkpoint_interval: int = 0,
+    longest_chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, final state and (with ``checkpoint_interval``) intermediate states of ``flashkda::chunk_kda``."""
     x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
-    chunk = math.gcd(CHUNK, checkpoint_interval)
+    chunk = math.gcd(longest_chunk, checkpoint_interval)
     layout = _layout(q, cu_seqlens, chunk)
     initial = _initial_rows(initial_state, layout, x, state_v_first)
     entering = None
@@ -655,68 +650,6 @@ def _gate_backward(
     return dz, dlog_a.sum((0, 1, 3)), dz.sum((0, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Paged state
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _read_rows(pool: Tensor, slots: Tensor, valid: Tensor, dtype: torch.dtype, v_first: bool) -> Tensor:
-    """Pool rows as ``[N, HV, K, V]`` in the compute dtype; zeros where not valid, whatever any row holds."""
-    rows = pool.index_select(0, torch.where(valid, slots, 0))
-    rows = torch.where(valid[:, None, None, None], rows, 0).to(dtype)
-    return (rows.mT if v_first else rows).contiguous()
-
-
-def _write_rows(pool: Tensor, slots: Tensor, valid: Tensor, states: Tensor, v_first: bool) -> None:
-    """Write ``states [N, HV, K, V]`` to the valid slots and leave every other row as it is, without reading ``valid``.
-
-    Indices must not depend on values, so entries that are not valid write again what the first valid one writes; where
-    there is none, row 0 writes itself.
-    """
-    states = (states.mT if v_first else states).to(pool.dtype)
-    any_valid = valid.any()
-    source = torch.where(valid, torch.arange(valid.shape[0], device=valid.device), valid.to(torch.int8).argmax())
-    slots = torch.where(any_valid, slots.index_select(0, source), 0)
-    values = torch.where(any_valid, states.index_select(0, source), pool[:1])
-    pool.index_copy_(0, slots, values)
-
-
-def chunk_kda_paged(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state_pool: Tensor,
-    state_indices: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    has_initial_state: Tensor | None,
-    options: KdaOptions,
-    *,
-    state_v_first: bool,
-    longest: int = CHUNK,
-) -> Tensor:
-    """Output of ``flashkda::chunk_kda_paged``; the pool's rows are advanced in place."""
-    if q.numel() == 0 or v.numel() == 0 or state_pool.shape[0] == 0:
-        return v.new_zeros(v.shape)
-    dtype = _compute_dtype(q)
-    x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
-    layout = _layout(q, cu_seqlens, longest)
-    slots = state_indices.long()
-    valid = (slots >= 0) & (slots < state_pool.shape[0])
-    started = valid if has_initial_state is None else valid & has_initial_state
-    initial = _read_rows(state_pool, slots, started, dtype, state_v_first)
-    o, final = _forward(layout, x, initial, options)
-    if isinstance(layout, _PackedLayout):
-        written, token_valid = valid & ~layout.empty, valid[layout.token_seq].view(1, -1, 1, 1)
-    else:
-        written, token_valid = valid, valid.view(-1, 1, 1, 1)
-    _write_rows(state_pool, slots, written, final, state_v_first)
-    return torch.where(token_valid, o, 0).to(v.dtype)
-
-
 def recurrent_kda_paged(
     q: Tensor,
     k: Tensor,
@@ -738,16 +671,19 @@ def recurrent_kda_paged(
     With one slot a sequence this is the chunk form, in chunks no longer than a sequence needs: one token makes it the
     recurrence itself. With a slot for each token it is the recurrence, and every state is written.
     """
+    K, T = q.shape[-1], q.shape[1]
     if state_indices.dim() == 1:
-        tokens = q.shape[1] if cu_seqlens is None else -(-q.shape[1] // state_indices.shape[0])
-        return chunk_kda_paged(
-            q, k, v, g, beta, state_pool, state_indices, A_log, dt_bias, cu_seqlens, None, options,
-            state_v_first=state_v_first, longest=_chunk_length(tokens),
-        )  # fmt: skip
-    if q.numel() == 0 or v.numel() == 0 or state_pool.shape[0] == 0:
-        return v.new_zeros(v.shape)
+        tokens = T if cu_seqlens is None else -(-T // state_indices.shape[0])
+
+        def forward(initial: Tensor) -> tuple[Tensor, Tensor]:
+            o, final, _ = chunk_kda(
+                q, k, v, g, beta, A_log, dt_bias, initial, cu_seqlens, options,
+                state_v_first=state_v_first, longest_chunk=min(CHUNK, 1 << max(0, tokens - 1).bit_length()),
+            )  # fmt: skip
+            return o, final
+
+        return on_rows(forward, state_pool, state_indices, cu_seqlens, None, T, _compute_dtype(q))
     N, width = state_indices.shape
-    P, dtype = state_pool.shape[0], _compute_dtype(q)
     slots = state_indices.long()
     if num_accepted_tokens is None:
         start, valid = slots[:, 0], slots.new_ones(N, dtype=torch.bool)
@@ -755,23 +691,23 @@ def recurrent_kda_paged(
         column = num_accepted_tokens.long() - 1
         valid = (column >= 0) & (column < width)
         start = slots.gather(1, torch.where(valid, column, 0).unsqueeze(1)).squeeze(1)
-    valid = valid & (start >= 0) & (start < P)
+    valid = valid & valid_slots(start, state_pool)
     x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
     layout = _layout(q, cu_seqlens, 1)
-    initial = _read_rows(state_pool, start, valid, dtype, state_v_first)
-    leaving = initial.new_empty(layout.chunks, layout.batch * v.shape[2], *initial.shape[2:])
+    initial = read_rows(state_pool, start, valid, _compute_dtype(q))
+    initial = (initial.mT if state_v_first else initial).contiguous()
+    leaving = initial.new_empty(layout.chunks, layout.batch * v.shape[2], K, v.shape[3])
     o, _ = _forward(layout, x, initial, options, leaving=leaving)
-    leaving = leaving.unflatten(1, (-1, v.shape[2])).flatten(0, 1)  # one state a token, [tokens, HV, K, V]
+    leaving = leaving.unflatten(1, (layout.batch, -1)).flatten(0, 1)  # one state a token, [tokens, HV, K, V]
     if isinstance(layout, _PackedLayout):  # chunks of one token: chunk c holds token `position` of its sequence
         seq, position, used = layout.seq.clamp(max=N - 1), layout.position, layout.used
         token_valid = valid[layout.token_seq].view(1, -1, 1, 1)
     else:
-        T = q.shape[1]
         seq = torch.arange(N, device=q.device).repeat(T)
         position = torch.arange(T, device=q.device).repeat_interleave(N)
         used = torch.ones_like(seq, dtype=torch.bool)
         token_valid = valid.view(-1, 1, 1, 1)
     slot = slots[seq, position.clamp(0, width - 1)]
-    written = used & valid[seq] & (position < width) & (slot >= 0) & (slot < P)
-    _write_rows(state_pool, slot, written, leaving, state_v_first)
+    written = used & valid[seq] & (position < width) & valid_slots(slot, state_pool)
+    write_rows(state_pool, slot, written, leaving.mT if state_v_first else leaving)
     return torch.where(token_valid, o, 0).to(v.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashkda_ops import portable
+from flashkda_ops import cuda, portable
 from flashkda_ops.ops import chunk_kda_backward
 from flashkda_ops.validation import (
     Sizes,
@@ -20,7 +20,7 @@ from flashkda_ops.validation import (
     validate_tokens,
 )
 
-__all__ = ["FORWARD_ARGS", "backward", "op", "setup_context"]
+__all__ = ["FORWARD_ARGS", "backward", "compute", "op", "setup_context"]
 
 # The outputs that were not asked for, final state and intermediate states, have no rows.
 SCHEMA = (
@@ -98,12 +98,53 @@ def op(
         allow_neg_eigval,
         lower_bound,
     )
-    o, final_state, states = portable.chunk_kda(
-        q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options,
-        state_v_first=state_v_first, checkpoint_interval=checkpoint_interval,
+    return compute(
+        sizes, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options,
+        output_final_state=output_final_state, state_v_first=state_v_first, checkpoint_interval=checkpoint_interval,
     )  # fmt: skip
-    if not output_final_state:
-        final_state = final_state.new_empty(state_shape(sizes, 0, state_v_first))
+
+
+def compute(
+    sizes: Sizes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: portable.KdaOptions,
+    *,
+    output_final_state: bool,
+    state_v_first: bool,
+    checkpoint_interval: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op on arguments that are valid: by the kernel where it serves them, else on the portable path."""
+    if (
+        q.is_cuda
+        and checkpoint_interval == 0
+        and cuda.chunk_kda_reason(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens) is None
+    ):
+        o = v.new_empty(sizes.B, sizes.T, sizes.HV, sizes.V)
+        rows = sizes.N if output_final_state else 0
+        final_state = v.new_empty(state_shape(sizes, rows, state_v_first), dtype=torch.float32)
+        cuda.chunk_kda(
+            o, final_state if output_final_state else None, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens,
+            scale=options.scale, use_qk_l2norm_in_kernel=options.use_qk_l2norm_in_kernel,
+            use_gate_in_kernel=options.use_gate_in_kernel,
+            use_beta_sigmoid_in_kernel=options.use_beta_sigmoid_in_kernel, allow_neg_eigval=options.allow_neg_eigval,
+            lower_bound=options.lower_bound, state_v_first=state_v_first,
+        )  # fmt: skip
+        states = None
+    else:
+        o, final_state, states = portable.chunk_kda(
+            q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options,
+            state_v_first=state_v_first, checkpoint_interval=checkpoint_interval,
+        )  # fmt: skip
+        if not output_final_state:
+            final_state = final_state.new_empty(state_shape(sizes, 0, state_v_first))
     if states is None:
         states = final_state.new_empty(sizes.B, *state_shape(sizes, 0, state_v_first))
     return o, final_state, states

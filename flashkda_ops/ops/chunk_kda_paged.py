@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from flashkda_ops import portable
+from flashkda_ops.ops import chunk_kda
+from flashkda_ops.paged import on_rows
 from flashkda_ops.validation import (
     Sizes,
     check_cu_seqlens,
     check_slots,
     checks_values,
+    state_dtype,
     validate_has_initial_state,
     validate_pool,
     validate_tokens,
@@ -85,6 +88,8 @@ def op(
     if checks_values(validate, q):
         check_cu_seqlens(cu_seqlens, sizes.T)
         check_slots(state_indices, state_pool.shape[0], cu_seqlens, None)
+    if sizes.T == 0 or sizes.N == 0 or state_pool.shape[0] == 0:
+        return v.new_zeros(sizes.B, sizes.T, sizes.HV, sizes.V)
     options = portable.KdaOptions(
         sizes.K**-0.5 if scale is None else scale,
         use_qk_l2norm_in_kernel,
@@ -93,10 +98,15 @@ def op(
         allow_neg_eigval,
         lower_bound,
     )
-    return portable.chunk_kda_paged(
-        q, k, v, g, beta, state_pool, state_indices, A_log, dt_bias, cu_seqlens, has_initial_state, options,
-        state_v_first=state_v_first,
-    )  # fmt: skip
+
+    def forward(initial_state: Tensor) -> tuple[Tensor, Tensor]:
+        o, final_state, _ = chunk_kda.compute(
+            sizes, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options,
+            output_final_state=True, state_v_first=state_v_first, checkpoint_interval=0,
+        )  # fmt: skip
+        return o, final_state
+
+    return on_rows(forward, state_pool, state_indices, cu_seqlens, has_initial_state, sizes.T, state_dtype(q))
 
 
 @op.register_fake

@@ -86,6 +86,8 @@ def op(
     if checks_values(validate, q):
         check_cu_seqlens(cu_seqlens, sizes.T)
         check_slots(state_indices, state_pool.shape[0], cu_seqlens, num_accepted_tokens)
+    if sizes.T == 0 or sizes.N == 0 or state_pool.shape[0] == 0:
+        return v.new_zeros(sizes.B, sizes.T, sizes.HV, sizes.V)
     scale = sizes.K**-0.5 if scale is None else scale
     if q.is_cuda and (
         cuda.recurrent_kda_paged_reason(

@@ -1,0 +1,52 @@
+// Chooses the instantiation, and plans packed calls.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda_fwd/launch.h"
+#include "sm90/chunk_kda_fwd/plan.cuh"
+
+namespace flashkda {
+namespace {
+
+using chunk_kda_fwd::kPlanThreads;
+using chunk_kda_fwd::plan_kernel;
+
+template <typename T, typename G, bool kBounded>
+cudaError_t launch_scans(const ChunkKdaFwdParams& p, cudaStream_t stream) {
+  const int scans = chunk_kda_fwd::plan(p.sequences, p.value_heads, p.cu_seqlens != nullptr, p.sm_count).scans;
+  return scans == 1 ? chunk_kda_fwd::launch<T, G, kBounded, 1>(p, stream) : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, stream);
+}
+
+template <typename T, typename G>
+cudaError_t launch_gate(const ChunkKdaFwdParams& p, cudaStream_t stream) {
+  return p.gate == Gate::kBounded ? launch_scans<T, G, true>(p, stream) : launch_scans<T, G, false>(p, stream);
+}
+
+template <typename T>
+cudaError_t launch_dtype(const ChunkKdaFwdParams& p, cudaStream_t stream) {
+  return p.g_dtype == Dtype::kFloat32 ? launch_gate<T, float>(p, stream) : launch_gate<T, T>(p, stream);
+}
+
+}  // namespace
+
+size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, bool has_cu_seqlens, int sm_count) {
+  return chunk_kda_fwd::plan(sequences, value_heads, has_cu_seqlens, sm_count).workspace_bytes;
+}
+
+cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& p, cudaStream_t stream) {
+  if (p.dtype == Dtype::kFloat32 || (p.g_dtype != p.dtype && p.g_dtype != Dtype::kFloat32)) return cudaErrorInvalidValue;
+  if (p.cu_seqlens) {
+    char* workspace = static_cast<char*>(p.workspace);
+    if (p.cu_seqlens_is_64bit) {
+      plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, int(p.tokens), workspace);
+    } else {
+      plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, int(p.tokens), workspace);
+    }
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
+  return p.dtype == Dtype::kBFloat16 ? launch_dtype<__nv_bfloat16>(p, stream) : launch_dtype<__half>(p, stream);
+}
+
+}  // namespace flashkda
