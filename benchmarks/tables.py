@@ -40,11 +40,10 @@ def decode() -> str:
     rows = []
     for (heads, sequences), impls in cells.items():
         ours, fla = impls["flashkda_ops"], impls["fla"]
-        rows.append(
-            [str(heads), str(sequences), f"{ours['floor_us']:.1f}", f"{ours['graph_us']:.1f}", f"{fla['graph_us']:.1f}"]
-            + [f"{ours['graph_us'] / ours['floor_us']:.2f}", f"{fla['graph_us'] / ours['graph_us']:.2f}"]
-            + [f"{ours['error']:.1e}", f"{fla['error']:.1e}"]
-        )
+        times = [f"{us:.1f}" for us in (ours["floor_us"], ours["graph_us"], fla["graph_us"])]
+        ratios = [f"{ours['graph_us'] / ours['floor_us']:.2f}", f"{fla['graph_us'] / ours['graph_us']:.2f}"]
+        errors = [f"{impl['error']:.1e}" for impl in (ours, fla)]
+        rows.append([str(heads), str(sequences), *times, *ratios, *errors])
     header = ["heads", "sequences", "floor, us", "flashkda_ops, us", f"fla {record['peers']['fla']}, us"]
     header += ["over the floor", "times fla's speed", "error", "fla's error"]
     return table(header, rows) + source(record)

