@@ -49,19 +49,24 @@ def capture(call: Callable[[int], object], copies: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def graph_us(graphs: Mapping[str, torch.cuda.CUDAGraph], copies: int, runs: int = 25) -> dict[str, tuple[float, float]]:
-    """Median microseconds of one of the ``copies`` calls in each graph, replays of the graphs alternating."""
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
+def gpu_us(calls: Calls, inner: int, runs: int = 25) -> dict[str, tuple[float, float]]:
+    """As :func:`cpu_us`, between events on the GPU; ``inner`` is what each entry does at once."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(5 + runs):
-        for name, graph in graphs.items():
+        for name, call in calls.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            graph.replay()
+            call()
             end.record()
             end.synchronize()
             if run >= 5:
-                samples[name].append(start.elapsed_time(end) * 1e3 / copies)
+                samples[name].append(start.elapsed_time(end) * 1e3 / inner)
     return {name: _summary(times) for name, times in samples.items()}
+
+
+def graph_us(graphs: Mapping[str, torch.cuda.CUDAGraph], copies: int, runs: int = 25) -> dict[str, tuple[float, float]]:
+    """Median microseconds of one of the ``copies`` calls in each graph, replays of the graphs alternating."""
+    return gpu_us({name: graph.replay for name, graph in graphs.items()}, copies, runs)
 
 
 def _summary(times: Sequence[float]) -> tuple[float, float]:

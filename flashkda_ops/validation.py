@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     N: int
 
 
-def _require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
     if condition is not True:
         torch._check_value(condition, message)
 
@@ -46,7 +46,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def _require_shape(name: str, x: Tensor, letters: str, *shape: int) -> None:
+def require_shape(name: str, x: Tensor, letters: str, *shape: int) -> None:
     """``x`` has exactly ``shape``, spelled ``letters``."""
     if type(x) in _PLAIN and x.shape == shape:
         return
@@ -54,23 +54,23 @@ def _require_shape(name: str, x: Tensor, letters: str, *shape: int) -> None:
     def message() -> str:
         return f"{name} must have shape [{letters}] = {_sizes(shape)}, got {_sizes(x.shape)}"
 
-    _require(x.dim() == len(shape), message)
+    require(x.dim() == len(shape), message)
     for actual, expected in zip(x.shape, shape, strict=True):
-        _require(actual == expected, message)
+        require(actual == expected, message)
 
 
 def _sizes(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
 
-def _require_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor | None = None) -> None:
+def require_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor | None = None) -> None:
     """``x`` has one of ``dtypes``, which follow from that of ``q`` where it is given."""
     if x.dtype not in dtypes:
         where = "" if q is None else f" where q is {_names((q.dtype,))}"
         raise ValueError(f"{name} must be {_names(dtypes)}{where}, got {_names((x.dtype,))}")
 
 
-def _require_device(name: str, x: Tensor, q: Tensor) -> None:
+def require_device(name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
         raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
 
@@ -101,25 +101,25 @@ def validate_tokens(
             raise ValueError(f"{name} must have 4 dimensions [B, T, heads, head dim], got shape {_sizes(x.shape)}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    _require_dtype("q", q, _TOKEN_DTYPES)
-    _require(H > 0, lambda: "q must have at least one head, got 0")
-    _require(K > 0, lambda: "q must have a head dimension of at least 1, got 0")
-    _require(V > 0, lambda: "v must have a head dimension of at least 1, got 0")
-    _require_shape("k", k, "B, T, H, K", B, T, H, K)
-    _require_shape("v", v, "B, T, HV, V", B, T, HV, V)
-    _require(HV > 0, lambda: "v must have at least one head, got 0")
-    _require(
+    require_dtype("q", q, _TOKEN_DTYPES)
+    require(H > 0, lambda: "q must have at least one head, got 0")
+    require(K > 0, lambda: "q must have a head dimension of at least 1, got 0")
+    require(V > 0, lambda: "v must have a head dimension of at least 1, got 0")
+    require_shape("k", k, "B, T, H, K", B, T, H, K)
+    require_shape("v", v, "B, T, HV, V", B, T, HV, V)
+    require(HV > 0, lambda: "v must have at least one head, got 0")
+    require(
         HV % H == 0, lambda: f"v must have a multiple of the heads of q, got {HV} value heads for {H} query/key heads"
     )
-    _require_shape("g", g, "B, T, HV, K", B, T, HV, K)
-    _require_shape("beta", beta, "B, T, HV", B, T, HV)
+    require_shape("g", g, "B, T, HV, K", B, T, HV, K)
+    require_shape("beta", beta, "B, T, HV", B, T, HV)
     for name, x in (("k", k), ("v", v)):
-        _require_dtype(name, x, (q.dtype,), q)
-        _require_device(name, x, q)
+        require_dtype(name, x, (q.dtype,), q)
+        require_device(name, x, q)
     wide = (q.dtype,) if q.dtype in (torch.float32, torch.float64) else (q.dtype, torch.float32)
     for name, x in (("g", g), ("beta", beta)):
-        _require_dtype(name, x, wide, q)
-        _require_device(name, x, q)
+        require_dtype(name, x, wide, q)
+        require_device(name, x, q)
 
     _validate_gate(q, A_log, dt_bias, HV, K, use_gate_in_kernel, lower_bound)
     if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
@@ -129,10 +129,10 @@ def validate_tokens(
     if cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens must have shape [N + 1], got {_sizes(cu_seqlens.shape)}")
     entries = cu_seqlens.shape[0]
-    _require(entries >= 2, lambda: f"cu_seqlens must have at least 2 entries [N + 1], got {entries}")
-    _require_dtype("cu_seqlens", cu_seqlens, _INDEX_DTYPES)
-    _require_device("cu_seqlens", cu_seqlens, q)
-    _require(B == 1, lambda: f"q must have a batch size of 1 with cu_seqlens (sequences packed along T), got {B}")
+    require(entries >= 2, lambda: f"cu_seqlens must have at least 2 entries [N + 1], got {entries}")
+    require_dtype("cu_seqlens", cu_seqlens, _INDEX_DTYPES)
+    require_device("cu_seqlens", cu_seqlens, q)
+    require(B == 1, lambda: f"q must have a batch size of 1 with cu_seqlens (sequences packed along T), got {B}")
     return Sizes(B, T, H, HV, K, V, entries - 1)
 
 
@@ -158,16 +158,16 @@ def _validate_gate(
         raise ValueError(f"lower_bound must be in [{_MIN_LOWER_BOUND:g}, 0), got {lower_bound}")
     dtypes = _TOKEN_DTYPES if q.dtype == torch.float64 else _TOKEN_DTYPES[:3]
     if A_log is not None:
-        _require_shape("A_log", A_log, "HV", HV)
-        _require_dtype("A_log", A_log, dtypes)
-        _require_device("A_log", A_log, q)
+        require_shape("A_log", A_log, "HV", HV)
+        require_dtype("A_log", A_log, dtypes)
+        require_device("A_log", A_log, q)
     if dt_bias is not None:
         if dt_bias.dim() == 1:
-            _require_shape("dt_bias", dt_bias, "HV * K", HV * K)
+            require_shape("dt_bias", dt_bias, "HV * K", HV * K)
         else:
-            _require_shape("dt_bias", dt_bias, "HV, K", HV, K)
-        _require_dtype("dt_bias", dt_bias, dtypes)
-        _require_device("dt_bias", dt_bias, q)
+            require_shape("dt_bias", dt_bias, "HV, K", HV, K)
+        require_dtype("dt_bias", dt_bias, dtypes)
+        require_device("dt_bias", dt_bias, q)
 
 
 def state_shape(s: Sizes, rows: int, state_v_first: bool) -> tuple[int, int, int, int]:
@@ -180,9 +180,9 @@ def validate_state(name: str, state: Tensor | None, q: Tensor, s: Sizes, state_v
     if state is None:
         return
     letters = "N, HV, V, K" if state_v_first else "N, HV, K, V"
-    _require_shape(name, state, letters, *state_shape(s, s.N, state_v_first))
-    _require_dtype(name, state, (state_dtype(q),), q)
-    _require_device(name, state, q)
+    require_shape(name, state, letters, *state_shape(s, s.N, state_v_first))
+    require_dtype(name, state, (state_dtype(q),), q)
+    require_device(name, state, q)
 
 
 def validate_checkpoint_interval(interval: int) -> None:
@@ -195,13 +195,13 @@ def validate_pool(pool: Tensor, state_indices: Tensor, q: Tensor, s: Sizes, stat
     letters = "rows, HV, V, K" if state_v_first else "rows, HV, K, V"
     if pool.dim() != 4:
         raise ValueError(f"state_pool must have shape [{letters}], got {_sizes(pool.shape)}")
-    _require_shape("state_pool", pool, letters, *state_shape(s, pool.shape[0], state_v_first))
+    require_shape("state_pool", pool, letters, *state_shape(s, pool.shape[0], state_v_first))
     dtypes = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
-    _require_dtype("state_pool", pool, dtypes, q)
-    _require_device("state_pool", pool, q)
+    require_dtype("state_pool", pool, dtypes, q)
+    require_device("state_pool", pool, q)
     row = 1
     for size, stride in zip(reversed(pool.shape[1:]), reversed(pool.stride()[1:]), strict=True):
-        _require(
+        require(
             size == 1 or stride == row,
             lambda: (
                 "state_pool must have contiguous rows (its first dimension alone may be strided): it is updated in "
@@ -209,18 +209,18 @@ def validate_pool(pool: Tensor, state_indices: Tensor, q: Tensor, s: Sizes, stat
             ),
         )
         row = row * size
-    _require(
+    require(
         pool.shape[0] <= 1 or pool.stride(0) >= row,
         lambda: f"state_pool must not have overlapping rows, got strides {_sizes(pool.stride())}",
     )
     if slots == 2 and state_indices.dim() == 2:
-        _require_shape("state_indices", state_indices, "N, slots", s.N, state_indices.shape[1])
+        require_shape("state_indices", state_indices, "N, slots", s.N, state_indices.shape[1])
         width = state_indices.shape[1]
-        _require(width > 0, lambda: "state_indices must have at least one slot a sequence, got 0")
+        require(width > 0, lambda: "state_indices must have at least one slot a sequence, got 0")
     else:
-        _require_shape("state_indices", state_indices, "N", s.N)
-    _require_dtype("state_indices", state_indices, _INDEX_DTYPES)
-    _require_device("state_indices", state_indices, q)
+        require_shape("state_indices", state_indices, "N", s.N)
+    require_dtype("state_indices", state_indices, _INDEX_DTYPES)
+    require_device("state_indices", state_indices, q)
 
 
 def validate_num_accepted_tokens(accepted: Tensor | None, state_indices: Tensor, q: Tensor, s: Sizes) -> None:
@@ -228,24 +228,24 @@ def validate_num_accepted_tokens(accepted: Tensor | None, state_indices: Tensor,
         return
     if state_indices.dim() != 2:
         raise ValueError("num_accepted_tokens requires state_indices of shape [N, slots], one slot a token")
-    _require_shape("num_accepted_tokens", accepted, "N", s.N)
-    _require_dtype("num_accepted_tokens", accepted, _INDEX_DTYPES)
-    _require_device("num_accepted_tokens", accepted, q)
+    require_shape("num_accepted_tokens", accepted, "N", s.N)
+    require_dtype("num_accepted_tokens", accepted, _INDEX_DTYPES)
+    require_device("num_accepted_tokens", accepted, q)
 
 
 def validate_has_initial_state(has_initial_state: Tensor | None, q: Tensor, s: Sizes) -> None:
     if has_initial_state is None:
         return
-    _require_shape("has_initial_state", has_initial_state, "N", s.N)
-    _require_dtype("has_initial_state", has_initial_state, (torch.bool,))
-    _require_device("has_initial_state", has_initial_state, q)
+    require_shape("has_initial_state", has_initial_state, "N", s.N)
+    require_dtype("has_initial_state", has_initial_state, (torch.bool,))
+    require_device("has_initial_state", has_initial_state, q)
 
 
 def validate_slots_per_token(state_indices: Tensor, cu_seqlens: Tensor | None, s: Sizes) -> None:
     """Each token of a dense call has a slot for its state; packed calls are checked with their values."""
     if state_indices.dim() == 2 and cu_seqlens is None:
         width = state_indices.shape[1]
-        _require(width >= s.T, lambda: f"state_indices must have a slot a token, got {width} for T = {s.T}")
+        require(width >= s.T, lambda: f"state_indices must have a slot a token, got {width} for T = {s.T}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import torch
 
 from flashkda_ops import cuda
 
+torch.set_num_threads(1)  # small cases, and the workers of pytest-xdist share the cores
+
 
 def _no_gpu_reason() -> str | None:
     if not torch.cuda.is_available():

@@ -35,10 +35,11 @@ def make_call(
     cu_seqlens: list[int] | None = None,
     initial_state: bool = False,
     state_v_first: bool = False,
+    slow_heads: int | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> Call:
-    """Random tokens whose gates are slow in one half of the heads and fast in the other."""
+    """Random tokens whose gates are slow in the first value heads (half of them by default) and fast in the others."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -51,7 +52,8 @@ def make_call(
     q, k = randn(B, T, H, K), randn(B, T, H, K)
     if not l2norm:
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    slow = torch.where(torch.arange(HV) < HV // 2, -6.0, 0.0).double().unsqueeze(-1).expand(HV, K)
+    slow = torch.zeros(HV, K, dtype=torch.float64)
+    slow[: HV // 2 if slow_heads is None else slow_heads] = -6.0
     g, raw_beta = randn(B, T, HV, K), randn(B, T, HV)
     call: Call = {
         "q": cast(q),

@@ -99,7 +99,7 @@ def test_nearly_parallel_keys_stay_finite_and_close() -> None:
     call["beta"] = torch.full_like(call["beta"], 0.98)
     o_error, state_error = errors(call)
     assert o_error < 1e-2
-    # Little is left of the state along the one key, so rounding weighs more: fla's is 6e-2 (benchmarks/bench_accuracy.py).
+    # Little is left of the state along the one key, so rounding weighs more: bench_accuracy.py measures 6e-2 of fla.
     assert state_error < 4e-2
 
 

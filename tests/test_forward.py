@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -134,14 +135,12 @@ def test_intermediate_states_are_those_of_prefixes(
     assert states.shape == (1 if bounds else 2, NT, *final.shape[1:])
     # The state before every chunk_size-th token is the final state of a call that ends there.
     if bounds:
-        spans = [(a, t) for a, b in zip(bounds[:-1], bounds[1:], strict=True) for t in range(a, b, chunk_size)]
-        owner = [bounds[1:].index(next(b for b in bounds[1:] if b > a)) for a, _ in spans]
-        expected = torch.cat(
-            [
-                reference({**rows(call, a, t), "initial_state": call["initial_state"][n : n + 1], "cu_seqlens": None})[1]
-                for (a, t), n in zip(spans, owner, strict=True)
-            ]
-        ).unsqueeze(0)
+        spans = [(n, a, t) for n, (a, b) in enumerate(itertools.pairwise(bounds)) for t in range(a, b, chunk_size)]
+        prefixes = [
+            {**rows(call, a, t), "initial_state": call["initial_state"][n : n + 1], "cu_seqlens": None}
+            for n, a, t in spans
+        ]
+        expected = torch.cat([reference(prefix)[1] for prefix in prefixes]).unsqueeze(0)
         assert not states[:, len(spans) :].any()
     else:
         expected = torch.stack([reference(rows(call, 0, t))[1] for t in range(0, 165, chunk_size)], 1)
@@ -213,6 +212,19 @@ def test_expanded_arguments_are_read_right() -> None:
     expanded = {n: call[n][:1].expand_as(call[n]) for n in (*TOKENS, "initial_state")}
     copied = {n: x.contiguous() for n, x in expanded.items()}
     for actual, expected in zip(run(call, **expanded), run(call, **copied), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_strided_states_gates_and_offsets_are_read_right() -> None:
+    call = make_call(70, cu_seqlens=[0, 3, 3, 40, 70], initial_state=True)
+    strided = {
+        "cu_seqlens": call["cu_seqlens"].repeat_interleave(2)[::2],
+        "initial_state": call["initial_state"].mT.contiguous().mT,
+        "A_log": call["A_log"].repeat_interleave(3)[::3],
+        "dt_bias": call["dt_bias"].mT.contiguous().mT,
+    }
+    assert not any(x.is_contiguous() for x in strided.values())
+    for actual, expected in zip(run(call, **strided), run(call), strict=True):
         assert torch.equal(actual, expected)
 
 

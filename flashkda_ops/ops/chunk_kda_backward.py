@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashkda_ops import portable
-from flashkda_ops.validation import Sizes, _require, _require_shape, state_shape, validate_state, validate_tokens
+from flashkda_ops.validation import Sizes, require, require_shape, state_shape, validate_state, validate_tokens
 
 __all__ = ["op"]
 
@@ -52,9 +52,9 @@ def _validate(
     validate_state("initial_state", initial_state, q, s, state_v_first)
     validate_state("dht", dht, q, s, state_v_first)
     if do is not None:
-        _require_shape("do", do, "B, T, HV, V", s.B, s.T, s.HV, s.V)
-        _require(do.dtype == v.dtype, lambda: f"do must be {v.dtype} as v is, got {do.dtype}")
-        _require(do.device == v.device, lambda: f"do must be on {v.device} as v is, got {do.device}")
+        require_shape("do", do, "B, T, HV, V", s.B, s.T, s.HV, s.V)
+        require(do.dtype == v.dtype, lambda: f"do must be {v.dtype} as v is, got {do.dtype}")
+        require(do.device == v.device, lambda: f"do must be on {v.device} as v is, got {do.device}")
     if len(output_mask) != 8:
         raise ValueError(f"output_mask must have 8 entries, got {len(output_mask)}")
     for name, x, wanted in zip(

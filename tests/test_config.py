@@ -1,0 +1,106 @@
+"""Which path a call takes, and why, is told before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import flashkda_ops
+from flashkda_ops import cuda
+
+OPS = ("chunk_kda", "chunk_kda_backward", "chunk_kda_paged", "recurrent_kda_paged")
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An install with kernels for compute capability 9.0, and a device of that kind in the first place."""
+    extension = SimpleNamespace(cuda_archs="90a;100f", cuda_version="13.0", cutlass_version="4.2.0")
+    monkeypatch.setattr(cuda, "_load", lambda: (extension, "built for 90a, 100f with CUDA 13.0, CUTLASS 4.2.0"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 9))
+    cuda.device_reason.cache_clear()
+    yield
+    cuda.device_reason.cache_clear()
+
+
+def test_show_config_prints_the_versions_and_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    flashkda_ops.show_config()
+    printed = capsys.readouterr().out
+    assert flashkda_ops.__version__ in printed and torch.__version__ in printed
+    assert cuda.extension_status()[1] in printed
+
+
+def test_show_config_names_every_op_on_every_device(
+    built: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"model {device.index}")
+    flashkda_ops.show_config()
+    devices = capsys.readouterr().out.split("cuda:")[1:]
+    assert len(devices) == 2
+    for i, text in enumerate(devices):
+        assert f"model {i}" in text and all(f"  {op}: " in text for op in OPS)
+    assert "compute capability 8.9" not in devices[0] and "compute capability 8.9" in devices[1]
+
+
+def test_every_op_of_the_namespace_is_registered() -> None:
+    assert all(hasattr(torch.ops.flashkda, op) for op in OPS)
+
+
+def test_a_device_without_kernels_has_a_reason(built: None) -> None:
+    assert cuda.device_reason(torch.device("cuda", 0)) is None
+    assert "compute capability 8.9" in cuda.device_reason(torch.device("cuda", 1))
+    assert "CUDA devices" in cuda.device_reason(torch.device("cpu"))
+
+
+def decode_call(**changes: Any) -> dict[str, Any]:
+    """A call that the decode kernel serves, on meta tensors: the decision reads no values."""
+    bf16 = {"device": "meta", "dtype": torch.bfloat16}
+    call = {
+        "q": torch.empty(3, 1, 2, 128, **bf16), "k": torch.empty(3, 1, 2, 128, **bf16),
+        "v": torch.empty(3, 1, 4, 128, **bf16), "g": torch.empty(3, 1, 4, 128, **bf16),
+        "beta": torch.empty(3, 1, 4, **bf16), "state_pool": torch.empty(7, 4, 128, 128, device="meta"),
+        "state_indices": torch.empty(3, dtype=torch.int32, device="meta"), "A_log": None, "dt_bias": None,
+        "cu_seqlens": None, "num_accepted_tokens": None, "state_v_first": True,
+    }  # fmt: skip
+    return call | changes
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, device="meta", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"g": meta(3, 1, 4, 128, dtype=torch.float32)}, None),
+        ({"state_pool": meta(7, 5, 128, 128, dtype=torch.float32)[:, :4]}, None),
+        ({"q": meta(3, 1, 2, 64)}, "K=64"),
+        ({"v": meta(3, 1, 4, 64)}, "V=64"),
+        ({"q": meta(3, 2, 2, 128)}, "T=2"),
+        ({"cu_seqlens": meta(4, dtype=torch.int32)}, "cu_seqlens"),
+        ({"state_indices": meta(3, 1, dtype=torch.int32)}, "speculative"),
+        ({"num_accepted_tokens": meta(3, dtype=torch.int32)}, "speculative"),
+        ({"q": meta(3, 1, 2, 128, dtype=torch.float32)}, "float32"),
+        ({"state_pool": meta(7, 4, 128, 128)}, "bfloat16"),
+        ({"state_v_first": False}, "state_v_first=False"),
+        ({"state_pool": meta(7, 4 * 128 * 128 + 3, dtype=torch.float32)[:, 3:].unflatten(1, (4, 128, 128))}, "aligned"),
+    ],
+)
+def test_the_decode_kernel_is_chosen_by_shape_and_dtype_alone(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str | None
+) -> None:
+    monkeypatch.setattr(cuda, "device_reason", lambda device: None)
+    actual = cuda.recurrent_kda_paged_reason(**decode_call(**changes))
+    assert actual is None if reason is None else reason in actual
+
+
+def test_cpu_tensors_take_the_portable_path_for_a_reason() -> None:
+    reason = cuda.recurrent_kda_paged_reason(**decode_call(q=torch.empty(3, 1, 2, 128, dtype=torch.bfloat16)))
+    assert reason is not None and reason == cuda.device_reason(torch.device("cpu"))
