@@ -12,48 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import error, version, write
-from torch import Tensor
+from common import error, recurrence, version, write
 
 import flashkda_ops
-from flashkda_ops.reference import beta_activation, l2norm, log_decay
 
 D = 128
 Call = dict[str, Any]
-
-
-def recurrence(call: Call) -> tuple[Tensor, Tensor]:
-    """``reference.recurrent_kda_reference`` for one dense row and a V-first state, with all heads in one product.
-
-    ``T`` is a multiple of 256.
-    """
-    q, k, v, g, beta = (call[name][0].double() for name in ("q", "k", "v", "g", "beta"))
-    q, k = l2norm(q) * D**-0.5, l2norm(k)
-    decay = log_decay(g, call["A_log"], call["dt_bias"], use_gate_in_kernel=True, lower_bound=call["lower_bound"]).exp()
-    beta = beta_activation(beta, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=call["allow_neg_eigval"])
-    S, o = call["initial_state"][0].double(), torch.empty_like(v)
-    tokens = [torch.empty_like(x[:256]) for x in (q, k, v, decay, beta, o)]  # static: a graph of 256 steps is replayed
-
-    def steps() -> None:
-        for qt, kt, vt, dt, bt, ot in zip(*tokens, strict=True):
-            S.mul_(dt.unsqueeze(-2))
-            u = bt.unsqueeze(-1) * (vt - (S @ kt.unsqueeze(-1)).squeeze(-1))
-            S.baddbmm_(u.unsqueeze(-1), kt.unsqueeze(-2))
-            ot.copy_((S @ qt.unsqueeze(-1)).squeeze(-1))
-
-    graph = torch.cuda.CUDAGraph()
-    start = S.clone()
-    steps()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        steps()
-    S.copy_(start)
-    for t in range(0, v.shape[0], 256):
-        for static, x in zip(tokens, (q, k, v, decay, beta), strict=False):
-            static.copy_(x[t : t + 256])
-        graph.replay()
-        o[t : t + 256] = tokens[-1]
-    return o.unsqueeze(0), S.unsqueeze(0)
 
 
 def case(
@@ -69,7 +33,7 @@ def case(
 ) -> Call:
     """``shift`` moves the gate of every ``every``-th head; ``noise`` makes all keys one key plus noise."""
 
-    def randn(*shape: int) -> Tensor:
+    def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda")
 
     k = randn(1, T, H, D)

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from flashkda_ops.reference import beta_activation, l2norm, log_decay
 
 RESULTS = Path(__file__).parent / "results"
 Calls = Mapping[str, Callable[[], object]]
@@ -77,6 +81,47 @@ def _summary(times: Sequence[float]) -> tuple[float, float]:
 def error(x: torch.Tensor, reference: torch.Tensor) -> float:
     """``||x - reference|| / ||reference||`` in fp64."""
     return float((x.double() - reference).norm() / reference.norm())
+
+
+def recurrence(call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``flashkda_ops.reference.recurrent_kda_reference`` of one row of tokens, fused gate, beta sigmoid and L2 norm,
+    and V-first states, in fp64 on a GPU: token by token, with all sequences and heads in one product."""
+    tokens = call["v"].shape[1]
+    lengths = [tokens] if call.get("cu_seqlens") is None else call["cu_seqlens"].diff().tolist()
+    N, H, STEPS = len(lengths), call["v"].shape[2], 256
+
+    def by_step(x: torch.Tensor) -> torch.Tensor:  # [1, T, H, ...] to [steps, N * H, ...]
+        padded = pad_sequence(x[0].split(lengths)).flatten(1, 2)
+        return F.pad(padded, [0, 0] * (padded.dim() - 1) + [0, -len(padded) % STEPS])
+
+    q, k, v, g, beta = (call[name].double() for name in ("q", "k", "v", "g", "beta"))
+    g = log_decay(g, call["A_log"], call["dt_bias"], use_gate_in_kernel=True, lower_bound=call["lower_bound"])
+    negative = call.get("allow_neg_eigval", False)
+    beta = beta_activation(beta, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=negative)
+    q, k = l2norm(q) * q.shape[-1] ** -0.5, l2norm(k)
+    # Past the end of a sequence all are zero, which leaves its state as it is.
+    q, k, v, alpha, beta = by_step(q), by_step(k), by_step(v), by_step(g).exp(), by_step(beta)
+    S, o = call["initial_state"].flatten(0, 1).double(), torch.empty_like(v)
+    static = [torch.zeros_like(x[:STEPS]) for x in (q, k, v, alpha, beta, o)]
+
+    def steps() -> None:
+        for qt, kt, vt, at, bt, ot in zip(*static, strict=True):
+            S.mul_(at.unsqueeze(-2))
+            u = bt.unsqueeze(-1) * (vt - (S @ kt.unsqueeze(-1)).squeeze(-1))
+            S.baddbmm_(u.unsqueeze(-1), kt.unsqueeze(-2))
+            ot.copy_((S @ qt.unsqueeze(-1)).squeeze(-1))
+
+    start = S.clone()
+    graph = capture(lambda _: steps(), 1)  # by launches alone, eight thousand tokens would take half a second
+    S.copy_(start)
+    for t in range(0, len(v), STEPS):
+        for buffer, x in zip(static, (q, k, v, alpha, beta), strict=False):
+            buffer.copy_(x[t : t + STEPS])
+        graph.replay()
+        o[t : t + STEPS] = static[-1]
+    outputs = o.unflatten(1, (N, H)).unbind(1)
+    o = torch.cat([x[:length] for x, length in zip(outputs, lengths, strict=True)])
+    return o.unsqueeze(0), S.unflatten(0, (N, H))
 
 
 def copy_gb_s() -> float:

@@ -71,7 +71,7 @@ class ShortConvolution(nn.Module):
             window = torch.cat((x, self.state[state_indices]), 1)
             self.state.index_copy_(0, state_indices, window[:, :-1])
             return F.silu((window * weight).sum(1, keepdim=True))
-        token = torch.arange(x.shape[1], device=x.device)
+        token = torch.arange(x.shape[1], device=x.device, dtype=cu_seqlens.dtype)
         position = token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
         y = x * weight[0]
         for j in range(1, taps):
@@ -193,5 +193,5 @@ class KdaLM(nn.Module):
 
 def sample(logits: Tensor, temperature: Tensor) -> Tensor:
     """Gumbel-max sampling: on the device, no synchronisation; a temperature of 0 is greedy in the same graph."""
-    noise = torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+    noise = torch.empty_like(logits, dtype=torch.float32).exponential_().clamp(min=1e-20).log()
     return (logits.float() - temperature * noise).argmax(-1)

@@ -16,24 +16,26 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
+import torch._dynamo
 from kda_lm import IGNORE, Config, KdaLM
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from flashkda_ops import show_config
 
-matplotlib.use("Agg")
-
 PROMPTS = ("def __init__(self, ", "import ", "class ", "    for i in range(")
 CHECKED_TOKENS = 64
+RULE = "-" * 100
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ class Plan:
     new_tokens: int
 
 
-CPU_PLAN = Plan(Config(hidden_size=128, num_layers=2, num_heads=4, head_dim=32, sequences=4), 1024, 16, 320, 4e-3, 200)
+CPU_PLAN = Plan(Config(hidden_size=128, num_layers=2, num_heads=4, head_dim=32, sequences=4), 1024, 16, 400, 4e-3, 200)
 GPU_PLAN = Plan(
-    Config(hidden_size=512, num_layers=6, num_heads=4, head_dim=128, sequences=64, dtype=torch.bfloat16),
-    8192, 64, 400, 2e-3, 400,
+    Config(hidden_size=512, num_layers=4, num_heads=4, head_dim=128, sequences=64, dtype=torch.bfloat16),
+    8192, 64, 300, 2e-3, 400,
 )  # fmt: skip
 
 
@@ -109,7 +111,12 @@ def packed_prompts(prompts: list[bytes], plan: Plan, device: torch.device) -> tu
 
 
 def adamw_(
-    params: list[Tensor], grads: list[Tensor], mean: list[Tensor], square: list[Tensor], lr: Tensor, step: Tensor
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    square: Sequence[Tensor],
+    lr: Tensor,
+    step: Tensor,
 ) -> None:
     """AdamW with gradients clipped to a norm of 1, in place. ``lr`` and ``step`` are tensors: values may change."""
     beta1, beta2, decay = 0.9, 0.95, 0.1
@@ -122,7 +129,7 @@ def adamw_(
         p.sub_(lr * (update + decay * p if p.dim() > 1 else update))
 
 
-def make_train_step(model: KdaLM, compile: Callable[..., Any]) -> Callable[..., Tensor]:
+def make_train_step(model: KdaLM, compile: Compile) -> Callable[..., Tensor]:
     """``(tokens, targets, cu_seqlens, lr, step) -> loss``, which updates the model's parameters."""
     params = list(model.parameters())
     mean, square = ([torch.zeros_like(p) for p in params] for _ in range(2))
@@ -138,7 +145,9 @@ def make_train_step(model: KdaLM, compile: Callable[..., Any]) -> Callable[..., 
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # torch 2.11: autograd.grad inside the graph
         torch._dynamo.config.trace_autograd_ops = True
         return compile(train_step)
-    print("this torch cannot trace autograd.grad: loss (with its backward) and update are compiled as graphs of their own")
+    print(
+        "this torch does not trace autograd.grad: the loss with its backward, and the update, are graphs of their own"
+    )
     loss_fn, update = compile(model.loss), compile(adamw_)
     return train_step
 
@@ -159,7 +168,7 @@ class Decoder:
 
     def __init__(self, decode: Callable[..., Tensor], rows: Tensor, temperature: Tensor) -> None:
         self.tokens = torch.zeros_like(rows)  # static: a captured graph reads and writes this very tensor
-        self._advance = lambda: self.tokens.copy_(decode(self.tokens, rows, temperature))
+        self._advance: Callable[[], object] = lambda: self.tokens.copy_(decode(self.tokens, rows, temperature))
         self._device = rows.device
 
     def capture(self) -> None:
@@ -199,9 +208,9 @@ def serving_copy(model: KdaLM) -> KdaLM:
 
 @torch.no_grad()
 def greedy_gap(model: KdaLM, prompt: bytes, generated: Tensor) -> tuple[int, float]:
-    """Greedily decoded tokens against the training path over the whole sequence.
+    """How many greedily decoded tokens the training path over the whole sequence chooses too.
 
-    Returns how many are its argmax too, and the most that one falls short of it, in logits.
+    And the most that one falls short of its choice, in logits.
     """
     tokens = torch.cat((torch.tensor([*prompt], device=generated.device), generated))
     ends = torch.tensor([0, len(tokens)], device=tokens.device, dtype=torch.int32)
@@ -220,7 +229,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def choose_backend(device: torch.device) -> str:
-    """Inductor generates C++ on a CPU and Triton, whose launchers are C, on a GPU: both need a compiler and Python.h."""
+    """Inductor writes C++ for a CPU, Triton (with launchers in C) for a GPU: both need a compiler and Python.h."""
     names = [os.environ.get("CC"), "gcc", "clang"]
     if device.type == "cpu":
         names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
@@ -231,16 +240,33 @@ def choose_backend(device: torch.device) -> str:
     return "aot_eager"
 
 
-def compilations() -> tuple[int, int]:
-    """Graph breaks and compiled graphs so far."""
+def compilations() -> Counter[str]:
+    """Graph breaks and compiled graphs so far, by torch's own count."""
     counters = torch._dynamo.utils.counters
-    return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+    return Counter(breaks=counters["graph_break"].total(), graphs=counters["stats"]["unique_graphs"])
 
 
-def plot(losses: list[float], held_out: tuple[float, float], out: Path) -> None:
-    from matplotlib import pyplot as plt
+class Training(NamedTuple):
+    """``before`` and ``after``: the loss on training and on held-out files."""
 
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    losses: list[float]
+    before: list[float]
+    after: list[float]
+    speed: float
+    compiled: Counter[str]
+    held_out_files: list[bytes]
+
+
+class Serving(NamedTuple):
+    samples: list[list[int]]
+    speeds: dict[str, float]
+    compiled: Counter[str]
+
+
+def plot(training: Training, out: Path) -> None:
+    losses, held_out = training.losses, (training.before[1], training.after[1])
+    fig = Figure(figsize=(7, 4), layout="constrained")  # without pyplot, which would look for a display
+    ax = fig.subplots()
     ax.plot(losses, lw=0.8, alpha=0.4, color="tab:blue")
     window = max(1, len(losses) // 25)
     smooth = [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - window + 1) : i + 1])]
@@ -251,134 +277,149 @@ def plot(losses: list[float], held_out: tuple[float, float], out: Path) -> None:
     ax.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(out, dpi=150)
-    plt.close(fig)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help=f"training steps ({CPU_PLAN.steps} on a CPU, {GPU_PLAN.steps} on a GPU)")
+    parser.add_argument(
+        "--steps", type=int, help=f"training steps ({CPU_PLAN.steps} on a CPU, {GPU_PLAN.steps} on a GPU)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--prompt", action="append", help="what a sample starts with; may be repeated, up to 4 are shown")
+    parser.add_argument(
+        "--prompt", action="append", help="what a sample starts with; may be repeated, up to 4 are shown"
+    )
     parser.add_argument("--tokens", type=int, help=f"of each sample ({CPU_PLAN.new_tokens}, {GPU_PLAN.new_tokens})")
     parser.add_argument("--temperature", type=float, default=0.6, help="of sampling; 0 is greedy (%(default)s)")
+    # On a CPU the kernels of this small model take microseconds: a second thread gains little, and costs tenfold where
+    # another program has its core.
+    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (%(default)s)")
     out = Path(__file__).parent / "out" / "loss.png"
     parser.add_argument("--out", type=Path, default=out, help="the loss curve (examples/out/loss.png)")
     return parser.parse_args()
 
 
-def main() -> None:
-    began = time.perf_counter()
-    args = parse_args()
-    device = torch.device(args.device)
-    plan = GPU_PLAN if device.type == "cuda" else CPU_PLAN
-    plan = Plan(plan.model, plan.tokens_per_step, plan.documents_per_step, args.steps or plan.steps, plan.lr,
-                args.tokens or plan.new_tokens)  # fmt: skip
-    torch.manual_seed(args.seed)
-    show_config()
-    backend = choose_backend(device)
-
-    def compile(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend)
-
+def train(model: KdaLM, plan: Plan, compile: Compile, seed: int, device: torch.device) -> Training:
+    """Train the model in place. The first calls compile; after them nothing may break a graph or compile again."""
     train_files, held_out_files = standard_library()
-    with device:
-        model = KdaLM(plan.model)
-    T, N = plan.tokens_per_step, plan.model.sequences
     print(
-        f"device {device}, torch {torch.__version__}, backend {backend}\n"
-        f"data   {len(train_files)} files, {sum(map(len, train_files)) / 1e6:.1f} MB, {len(held_out_files)} held out\n"
+        f"data   {len(train_files)} files, {sum(map(len, train_files)) / 1e6:.1f} MB; {len(held_out_files)} held out\n"
         f"model  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {plan.model.num_layers} layers, "
-        f"{plan.model.num_heads} heads of {plan.model.head_dim}, {T} tokens a step"
+        f"{plan.model.num_heads} heads of {plan.model.head_dim}, {plan.tokens_per_step} tokens a step"
     )
-
-    # Training. The first call of a compiled function compiles it; from then on nothing may compile again.
-    train_step, eval_loss = make_train_step(model, compile), torch.no_grad()(compile(model.loss))
-    eval_batches = [
-        [next(stream) for _ in range(8)]
-        for stream in (packed(files, plan, device, seed=-1) for files in (train_files, held_out_files))
-    ]
+    train_step = make_train_step(model, compile)
+    eval_loss = torch.no_grad()(model.loss)  # eager: a few batches are done before another graph would have compiled
+    streams = (packed(files, plan, device, seed=-1) for files in (train_files, held_out_files))
+    eval_batches = [list(islice(stream, 8)) for stream in streams]
 
     def evaluate() -> list[float]:
         return [sum(float(eval_loss(*batch)) for batch in batches) / len(batches) for batches in eval_batches]
 
-    stream = packed(train_files, plan, device, args.seed)
+    batches = packed(train_files, plan, device, seed)
     scalars = [torch.tensor([schedule(i, plan), i + 1.0], device=device) for i in range(plan.steps)]
-    start = time.perf_counter()
-    before = evaluate()
-    losses = [train_step(*next(stream), *scalars[0])]
+    before, start = evaluate(), time.perf_counter()
+    losses = [train_step(*next(batches), *scalars[0])]
     synchronize(device)
-    print(f"train step and evaluation compiled in {time.perf_counter() - start:.0f} s")
-    warm = compilations()
-    start = time.perf_counter()
+    print(f"train step compiled in {time.perf_counter() - start:.0f} s")
+
+    warm, start = compilations(), time.perf_counter()
     with tqdm(range(1, plan.steps), desc="train", unit="step", mininterval=0.5) as bar:
         for i in bar:
-            losses.append(train_step(*next(stream), *scalars[i]))
+            losses.append(train_step(*next(batches), *scalars[i]))
             if i % 10 == 0:
                 bar.set_postfix(loss=f"{losses[-1].item():.2f}")
     synchronize(device)
-    speeds = {"train": (plan.steps - 1) * T / (time.perf_counter() - start)}
-    after = evaluate()
-    after_training = compilations()
-    plot([float(x) for x in losses], (before[1], after[1]), args.out)
+    speed = (plan.steps - 1) * plan.tokens_per_step / (time.perf_counter() - start)
+    return Training([float(x) for x in losses], before, evaluate(), speed, compilations() - warm, held_out_files)
 
-    # Prefill: prompts packed like documents, their states into the rows of each layer's pool.
+
+def serve(
+    model: KdaLM, plan: Plan, compile: Compile, prompts: list[bytes], texts: list[bytes], temperature: float
+) -> Serving:
+    """Prefill and decode a pool full of sequences: timed, held against the training path, and to be read.
+
+    ``prompts`` start the samples; the beginnings of ``texts`` are the prompts that prefill is timed with.
+    """
     served = serving_copy(model)
     prefill, decode = (torch.no_grad()(compile(fn)) for fn in (served.prefill, served.decode))
-    rows = torch.arange(N, device=device)
-    temperature = torch.zeros((), device=device)  # a tensor: greedy and sampled decoding share one graph
+    rows = torch.arange(plan.model.sequences, device=model.embeddings.weight.device)
+    heat = rows.new_zeros((), dtype=torch.float32)  # a tensor: greedy and sampled decoding share one graph
+    decoders = {
+        "decode, eager": Decoder(torch.no_grad()(served.decode), rows, heat),
+        "decode, compiled": Decoder(decode, rows, heat),
+    }
+    timed, asked = (packed_prompts(parts, plan, rows.device) for parts in (texts, prompts))
+
     start = time.perf_counter()
-    decoder = Decoder(decode, rows, temperature)
-    eager = Decoder(torch.no_grad()(served.decode), rows, temperature)
-    shown = [p.encode() for p in args.prompt or PROMPTS][:4]
-    prompts = [shown[i % len(shown)][-(T // N) :] for i in range(N)]
-    long_prompts = [file[: T // N] for file in sorted(held_out_files, key=len)[-N:]]
-    long_prompts = [long_prompts[i % len(long_prompts)] for i in range(N)]
-    for batch in (packed_prompts(prompts, plan, device), packed_prompts(long_prompts, plan, device)):
-        first = prefill(*batch, rows, temperature)
-    decoder.generate(first, 2)
-    if device.type == "cuda":
-        decoder_graph = Decoder(decode, rows, temperature)
-        decoder_graph.capture()
-    synchronize(device)
+    for batch in (asked, timed):
+        first = prefill(*batch, rows, heat)
+    for decoder in decoders.values():
+        decoder.generate(first, 2)
+    if rows.is_cuda:
+        decoders["decode, CUDA graph"] = Decoder(decode, rows, heat)
+        decoders["decode, CUDA graph"].capture()
+    synchronize(rows.device)
     print(f"prefill and decode compiled in {time.perf_counter() - start:.0f} s")
-    warm_serving = compilations()
-    start, repeats = time.perf_counter(), 5
+
+    warm, start, repeats = compilations(), time.perf_counter(), 5
     for _ in range(repeats):
-        first = prefill(*batch, rows, temperature)
-    synchronize(device)
-    speeds["prefill"] = repeats * int(batch[1][-1]) / (time.perf_counter() - start)
+        first = prefill(*timed, rows, heat)
+    synchronize(rows.device)
+    speeds = {"prefill": repeats * int(timed[1][-1]) / (time.perf_counter() - start)}
+    for name, decoder in decoders.items():
+        _, speeds[name] = decoder.generate(first, 50)
 
-    _, speeds["decode, eager"] = eager.generate(first, 20)
-    _, speeds["decode, compiled"] = decoder.generate(first, 100)
-    if device.type == "cuda":
-        decoder = decoder_graph
-        _, speeds["decode, CUDA graph"] = decoder.generate(first, plan.new_tokens)
-
-    # Greedy, to hold it against the training path; then the samples.
-    batch = packed_prompts(prompts, plan, device)
-    greedy, _ = decoder.generate(prefill(*batch, rows, temperature), CHECKED_TOKENS)
-    same, gap = greedy_gap(served, prompts[0], greedy[0])
-    print(f"greedy decode from the state: {same} of {CHECKED_TOKENS} tokens are the training path's, logit gap {gap:.1e}")
-    tolerance = 0.25 if plan.model.dtype == torch.bfloat16 else 1e-3  # near ties may fall either way
-    if gap > tolerance:
+    # The last decoder is the fastest, and what it decodes must be what training would have chosen.
+    greedy, _ = decoder.generate(prefill(*asked, rows, heat), CHECKED_TOKENS)
+    checks = [greedy_gap(served, prompt, tokens) for prompt, tokens in zip(prompts[:4], greedy, strict=False)]
+    same, gap = sum(same for same, _ in checks), max(gap for _, gap in checks)
+    print(
+        f"greedy decode: {same} of {len(checks) * CHECKED_TOKENS} tokens as in the training path, logit gap {gap:.1e}"
+    )
+    if gap > (0.25 if plan.model.dtype == torch.bfloat16 else 1e-3):  # near ties may fall either way
         raise SystemExit(f"prefill and decode disagree with the training path by {gap:.2e} in the logits")
-    temperature.fill_(args.temperature)
-    samples, _ = decoder.generate(prefill(*batch, rows, temperature), plan.new_tokens, bar="generate")
-    after_serving = compilations()
-    for prompt, tokens in zip(prompts, samples.tolist()[: len(shown)], strict=False):
-        print(f"{'-' * 100}\n{(prompt + bytes(tokens)).decode(errors='replace')}")
 
-    deltas = [(b - a, c - d) for (a, d), (b, c) in ((warm, after_training), (warm_serving, after_serving))]
-    breaks, recompiles = (sum(x) for x in zip(*deltas, strict=True))
-    print("-" * 100)
-    print(f"{'loss (nats per byte)':<28}{'before':>10}{'after':>10}")
-    for name, a, b in zip(("training files", "held-out files"), before, after, strict=True):
+    heat.fill_(temperature)
+    samples, _ = decoder.generate(prefill(*asked, rows, heat), plan.new_tokens, bar="generate")
+    return Serving(samples.tolist(), speeds, compilations() - warm)
+
+
+def main() -> None:
+    began, args = time.perf_counter(), parse_args()
+    device = torch.device(args.device)
+    plan = GPU_PLAN if device.type == "cuda" else CPU_PLAN
+    plan = replace(plan, steps=args.steps or plan.steps, new_tokens=args.tokens or plan.new_tokens)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    show_config()
+    backend = choose_backend(device)
+    print(f"device {device}, torch {torch.__version__}, backend {backend}")
+
+    def compile(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(fn, fullgraph=True, dynamic=False, backend=backend)
+
+    with device:
+        model = KdaLM(plan.model)
+    training = train(model, plan, compile, args.seed, device)
+    plot(training, args.out)
+
+    sequences = plan.model.sequences
+    length = plan.tokens_per_step // sequences
+    shown = [prompt.encode()[-length:] or b"\n" for prompt in args.prompt or PROMPTS][:4]
+    longest = sorted(training.held_out_files, key=len, reverse=True)
+    prompts, texts = (list(islice(cycle(part), sequences)) for part in (shown, longest))
+    serving = serve(model, plan, compile, prompts, [text[:length] for text in texts], args.temperature)
+
+    for prompt, tokens in zip(shown, serving.samples, strict=False):
+        print(f"{RULE}\n{(prompt + bytes(tokens)).decode(errors='replace')}")
+    print(f"{RULE}\n{'loss, nats per byte':<28}{'before':>10}{'after':>10}")
+    for name, a, b in zip(("training files", "held-out files"), training.before, training.after, strict=True):
         print(f"  {name:<26}{a:>10.3f}{b:>10.3f}")
     print("tokens per second")
-    for name, speed in speeds.items():
+    for name, speed in {"train": training.speed, **serving.speeds}.items():
         print(f"  {name:<26}{speed:>20,.0f}")
-    print(f"{'graph breaks, recompilations':<28}{breaks:>10}{recompiles:>10}   after warm-up")
+    compiled = training.compiled + serving.compiled
+    print(f"after warm-up: {compiled['breaks']} graph breaks, {compiled['graphs']} recompilations")
     print(f"loss curve: {os.path.relpath(args.out)}; all in {time.perf_counter() - began:.0f} s")
 
 

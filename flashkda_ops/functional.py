@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from flashkda_ops.ops import chunk_kda as _chunk
-from flashkda_ops.ops import chunk_kda_paged as _chunk_paged
-from flashkda_ops.ops import recurrent_kda_paged as _recurrent_paged
 from flashkda_ops.validation import validate_state, validate_tokens
 
 __all__ = ["chunk_kda", "chunk_kda_paged", "recurrent_kda", "recurrent_kda_paged"]
@@ -261,7 +259,7 @@ def chunk_kda_paged(
     Raises:
         ValueError: naming the argument that is not as described.
     """
-    return _chunk_paged.op(
+    return torch.ops.flashkda.chunk_kda_paged.default(
         q, k, v, g, beta, state_pool, state_indices, A_log, dt_bias, cu_seqlens, has_initial_state, scale,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
         state_v_first, batch_invariant, validate,
@@ -307,7 +305,7 @@ def recurrent_kda_paged(
     Raises:
         ValueError: naming the argument that is not as described.
     """
-    return _recurrent_paged.op(
+    return torch.ops.flashkda.recurrent_kda_paged.default(
         q, k, v, g, beta, state_pool, state_indices, A_log, dt_bias, cu_seqlens, num_accepted_tokens, scale,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
         state_v_first, validate,
