@@ -8,6 +8,7 @@ state: over the whole tensor, and of the worst head.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,7 @@ def main() -> None:
     impls = {"flashkda_ops": flashkda_ops.chunk_kda} | ({"fla": fla} if fla is not None else {})
     rows = []
     for name, options in CASES.items():
+        start = time.perf_counter()
         call = case(**options)
         expected = recurrence(call)
         for impl, function in impls.items():
@@ -111,7 +113,8 @@ def main() -> None:
                 "state_error_worst_head": max(error(state[:, h], expected[1][:, h]) for h in heads),
             }
             rows.append(row)
-            print(f"{name:34} {impl:13}" + " ".join(f" {value:.2e}" for value in list(row.values())[2:]), flush=True)
+            values = " ".join(f"{value:.2e}" for value in list(row.values())[2:])
+            print(f"{name:34} {impl:13} {values}  {time.perf_counter() - start:5.1f} s", flush=True)
     print(write("accuracy", rows, peers={"fla": version("fla-core")}))
 
 

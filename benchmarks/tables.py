@@ -49,6 +49,28 @@ def decode() -> str:
     return table(header, rows) + source(record)
 
 
+def prefill() -> str:
+    """A shape a row: in each regime this project, and the fastest peer."""
+    record = load("prefill-h100")
+    cells: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for row in record["rows"]:
+        if "eager_us" in row:
+            cells.setdefault(row["shape"], {}).setdefault(row["regime"], {})[row["impl"]] = row
+    rows, header = [], ["shape", "floor, us"]
+    for regime in next(iter(cells.values())):
+        header += [f"{regime} gates, us", "over the floor", "fastest peer, us"]
+    for shape, regimes in cells.items():
+        line = [shape, f"{next(iter(regimes.values()))['flashkda_ops']['floor_us']:.1f}"]
+        for impls in regimes.values():
+            us = {impl: row.get("graph_us", row["eager_us"]) for impl, row in impls.items()}
+            ours, peers = us["flashkda_ops"], [impl for impl in us if not impl.startswith("flashkda_ops")]
+            peer = min(peers, key=lambda impl: us[impl])
+            line += [f"{ours:.1f}", f"{ours / impls['flashkda_ops']['floor_us']:.2f}"]
+            line += [f"{us[peer]:.1f} ({peer}, {us[peer] / ours:.2f}x)"]
+        rows.append(line)
+    return table(header, rows) + source(record)
+
+
 def portable() -> str:
     record = load("portable-cpu")
     rows = [
@@ -68,7 +90,7 @@ def example(name: str) -> str:
     return f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text()}```\n"
 
 
-TABLES = {table.__name__: table for table in (decode, portable, host)}
+TABLES = {table.__name__: table for table in (prefill, decode, portable, host)}
 
 
 def fill(match: re.Match[str]) -> str:

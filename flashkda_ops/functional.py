@@ -209,7 +209,8 @@ def recurrent_kda(
         shape = (sequences, HV, V, K) if state_v_first else (sequences, HV, K, V)
         states = q.new_zeros(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     else:
-        torch._check_value(initial_state.shape[0] == sequences, lambda: "initial_state must have one row a sequence")
+        if initial_state.shape[0] != sequences:  # what is traced sees this check alone
+            raise ValueError("initial_state must have one row a sequence")
         states = initial_state.detach().clone(memory_format=torch.contiguous_format)
     rows = torch.arange(sequences, device=q.device, dtype=torch.int32)
     o = torch.ops.flashkda.recurrent_kda_paged.default(
