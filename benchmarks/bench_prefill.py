@@ -1,9 +1,9 @@
 """Prefill on a GPU: ``flashkda_ops.chunk_kda`` beside its peers and the memory floor.
 
 The shapes of ``shapes.json`` in three gate regimes: fast, slow (alpha near 1) and mixed (odd heads slow). K = V = 128,
-bf16 tokens, L2 norm, bounded gate and beta sigmoid in the kernel, fp32 states in and out. A time is one call among many
-on inputs and outputs that are rotated so that they never are in the L2 cache. The floor moves each token and state once
-at the speed of a copy.
+bf16 tokens, L2 norm, bounded gate and beta sigmoid in the kernel, fp32 states in and out. A time is a median over
+replays of a CUDA graph, implementations alternating; its calls rotate among inputs and outputs that together exceed the
+L2 cache. Eager times start on an idle GPU. The floor moves each token and state once at the speed of a copy.
 
 Besides the plain call: ``flashkda_ops (transformers)``, as the transformers library calls (fp32 gate and beta, both
 activated; K-first state; q, k and v slices of one tensor), and ``flashkda_ops (batch_invariant)``.
@@ -105,7 +105,7 @@ def ours_transformers(call: Call) -> Callable[[], Any]:
 def fla(call: Call) -> Callable[[], Any]:
     from fla.ops.kda import chunk_kda
 
-    return partial(chunk_kda, **call, safe_gate=True)  # its plain path; one that a lower bound allows
+    return partial(chunk_kda, **call, safe_gate=True)  # its fastest path, which a lower bound allows
 
 
 def cudnn(call: Call, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
@@ -294,7 +294,7 @@ def main() -> None:
 
     ceiling = copy_gb_s()
     print(
-        f"A copy moves {ceiling:.0f} GB/s. Microseconds; flashkda_ops: over the floor, host; others: over flashkda_ops."
+        f"A copy moves {ceiling:.0f} GB/s. Microseconds, and over the floor (flashkda_ops, host time) or flashkda_ops."
     )
     widths = {impl: 19 if impl == "flashkda_ops" else 15 for impl in impls}
     print("shape            gates   floor |" + " |".join(f"{LABELS[impl]:>{width}}" for impl, width in widths.items()))

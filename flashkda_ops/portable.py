@@ -72,12 +72,10 @@ class _DenseLayout:
         """The tokens of chunks ``c0`` to ``c1``: ``[B, T, ...]`` to ``[B, rows, ...]``."""
         return x[:, c0 * self.chunk : c1 * self.chunk]
 
-    def split(self, x: Tensor, c0: int, c1: int) -> Tensor:
-        """Taken tokens ``[B, rows, X, D]`` to chunks ``[c1 - c0, B * X, chunk, D]``; rows past ``T`` are zero."""
+    def rows_of_chunks(self, x: Tensor, c0: int, c1: int) -> Tensor:
+        """Taken tokens ``[B, rows, ...]`` with all rows of their chunks; those past ``T`` are zero."""
         missing = (c1 - c0) * self.chunk - x.shape[1]
-        x = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-        x = x.unflatten(1, (c1 - c0, self.chunk)).permute(1, 0, 3, 2, 4)
-        return x.contiguous().flatten(1, 2)
+        return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
 
     def finish(self, x: Tensor) -> Tensor:
         """Rows of all chunks ``[B, rows, ...]`` to tokens ``[B, T, ...]``."""
@@ -127,11 +125,9 @@ class _PackedLayout:
         """The tokens of chunks ``c0`` to ``c1``: ``[1, T, ...]`` to ``[1, rows, ...]``; rows of no token hold any."""
         return x[0].index_select(0, self.row_token[c0 * self.chunk : c1 * self.chunk]).unsqueeze(0)
 
-    def split(self, x: Tensor, c0: int, c1: int) -> Tensor:
-        """Taken tokens ``[1, rows, X, D]`` to chunks ``[c1 - c0, X, chunk, D]``; rows of no token are zero."""
-        valid = self.row_valid[c0 * self.chunk : c1 * self.chunk]
-        x = torch.where(valid[:, None, None], x[0], 0)
-        return x.unflatten(0, (c1 - c0, self.chunk)).transpose(1, 2).contiguous()
+    def rows_of_chunks(self, x: Tensor, c0: int, c1: int) -> Tensor:
+        """Taken tokens ``[1, rows, X, D]`` with zeros in the rows of no token."""
+        return torch.where(self.row_valid[c0 * self.chunk : c1 * self.chunk, None, None], x, 0)
 
     def finish(self, x: Tensor) -> Tensor:
         """Rows of all chunks ``[1, rows, ...]`` to tokens ``[1, T, ...]``; tokens of no sequence are zero."""
@@ -148,17 +144,26 @@ def _layout(q: Tensor, cu_seqlens: Tensor | None, chunk: int) -> _Layout:
     return _PackedLayout(cu_seqlens, q.shape[1], chunk)
 
 
+def _split(layout: _Layout, x: Tensor, c0: int, c1: int, out: Tensor | None = None) -> Tensor:
+    """Taken tokens ``[B, rows, X, D]`` to chunks ``[c1 - c0, B * X, C, D]``; rows of no token are zero."""
+    x = layout.rows_of_chunks(x, c0, c1).unflatten(1, (c1 - c0, layout.chunk)).permute(1, 0, 3, 2, 4)
+    if out is None:
+        return x.contiguous().flatten(1, 2)
+    out.unflatten(1, (layout.batch, -1)).copy_(x)
+    return out
+
+
 def _merge(layout: _Layout, x: Tensor, rows: int) -> Tensor:
-    """Chunks ``[n, B * X, C, D]`` back to ``[B, rows, X, D]``, the inverse of a layout's ``split``."""
+    """Chunks ``[n, B * X, C, D]`` back to ``[B, rows, X, D]``, the inverse of :func:`_split`."""
     n, _, C, D = x.shape
     x = x.unflatten(1, (layout.batch, -1)).permute(1, 0, 3, 2, 4)
     return x.reshape(layout.batch, n * C, -1, D)[:, :rows]
 
 
 def _segments(layout: _Layout, v: Tensor, K: int) -> list[tuple[int, int]]:
-    """Runs of chunks that are worked on together, so that a factor takes 512 KiB on a CPU (its cache), 64 MiB else."""
+    """Runs of chunks that are worked on together, so that a factor takes 2 MiB on a CPU, 64 MiB else."""
     elements = layout.batch * v.shape[2] * layout.chunk * max(K, v.shape[3])
-    step = max(1, (1 << 17 if v.device.type == "cpu" else 1 << 24) // elements)
+    step = max(1, (1 << 19 if v.device.type == "cpu" else 1 << 24) // elements)
     return [(c, min(c + step, layout.chunks)) for c in range(0, layout.chunks, step)]
 
 
@@ -230,7 +235,6 @@ class _Chunks:
     qk: Tensor  # [n, M, C, 2, K]: a token's query (scaled, and normalised if asked) and key, for one product with both
     v: Tensor
     beta: Tensor  # [n, M, C, 1]
-    g: Tensor  # log decay
     from_start: Tensor  # exp(G)
     to_end: Tensor  # exp(G_C - G)
     gamma: Tensor  # [n, M, K, 1]: exp(G_C)
@@ -326,10 +330,12 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _prepare(layout: _Layout, x: _Activated, c0: int, c1: int) -> _Chunks:
-    q, k, v, g, beta = (layout.split(t, c0, c1) for t in x)
-    n, M, C, _ = k.shape
-    qk = torch.stack((q, k), 3)
-    prefix, suffix = g.clone(), torch.zeros_like(g)
+    v, beta = _split(layout, x.v, c0, c1), _split(layout, x.beta, c0, c1)
+    prefix = _split(layout, x.g, c0, c1)
+    suffix = torch.zeros_like(prefix)
+    n, M, C, K = prefix.shape
+    qk = prefix.new_empty(n, M, C, 2, K)
+    q, k = (_split(layout, t, c0, c1, out) for t, out in zip((x.q, x.k), qk.unbind(3), strict=True))
     PN = k.new_zeros(n, M, C, 2, C)
     PN[..., 0, :].diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
     for size, hi, lo in _levels(prefix, suffix):
@@ -341,7 +347,7 @@ def _prepare(layout: _Layout, x: _Activated, c0: int, c1: int) -> _Chunks:
     A = T * beta.mT
     gamma = from_start[:, :, -1].unsqueeze(-1)
     return _Chunks(
-        qk, v, beta, g, from_start, to_end, gamma, Kd, q * from_start, k * to_end, PN, T, A, A @ v, A @ Kd
+        qk, v, beta, from_start, to_end, gamma, Kd, q * from_start, k * to_end, PN, T, A, A @ v, A @ Kd
     )  # fmt: skip
 
 
@@ -370,8 +376,9 @@ class _StateRows:
             self.state = rows.flatten(0, 1)
 
     def enter(self, c: int, out: Tensor) -> Tensor:
+        """The state before chunk ``c``, in ``out``, where the scan may have left it already."""
         if self.seq is None:
-            return out.copy_(self.state)
+            return out if out.data_ptr() == self.state.data_ptr() else out.copy_(self.state)
         row = self.rows.index_select(0, self.seq[c : c + 1])[0]
         return torch.where(self.begins[c], row, self.state, out=out)
 
@@ -387,18 +394,19 @@ class _StateRows:
 def _scan_forward(x: _Chunks, rows: _StateRows, c0: int, entering: Tensor, leaving: Tensor | None) -> Tensor:
     """Advance the state over the chunks ``x``, the first of them chunk ``c0`` of the call.
 
-    Fills ``entering [n, M, K, V]`` (and ``leaving``) with the state before (and after) each chunk and returns
-    ``U [n, M, C, V]``.
+    Fills ``entering [n, M, K, V]`` (and ``leaving``) with the state before (and after) each chunk and turns ``AV`` into
+    ``U [n, M, C, V]``, which it returns.
     """
-    U, Kr_t = torch.empty_like(x.AV), x.Kr.mT
-    for c in range(U.shape[0]):
-        S = rows.enter(c0 + c, entering[c])
-        torch.baddbmm(x.AV[c], x.AKd[c], S, alpha=-1, out=U[c])
-        S = torch.baddbmm(S * x.gamma[c], Kr_t[c], U[c])
+    states = [*entering.unbind(0), torch.empty_like(entering[0])]
+    factors = zip(x.AV.unbind(0), x.AKd.unbind(0), x.gamma.unbind(0), x.Kr.mT.unbind(0), strict=True)
+    for c, (U, AKd, gamma, Kr_t) in enumerate(factors):
+        S = rows.enter(c0 + c, states[c])
+        U.baddbmm_(AKd, S, alpha=-1)
+        after = torch.mul(S, gamma, out=states[c + 1]).baddbmm_(Kr_t, U)
         if leaving is not None:
-            leaving[c] = S
-        rows.leave(c0 + c, S)
-    return U
+            leaving[c] = after
+        rows.leave(c0 + c, after)
+    return x.AV
 
 
 def _scan_backward(x: _Chunks, dO: Tensor, rows: _StateRows, c0: int) -> tuple[Tensor, Tensor]:
@@ -435,7 +443,7 @@ def _forward(
         chunks = _prepare(layout, _activate(_take(layout, x, c0, c1), options), c0, c1)
         S = initial.new_empty(c1 - c0, layout.batch * HV, K, V) if entering is None else entering[c0:c1]
         U = _scan_forward(chunks, states, c0, S, None if leaving is None else leaving[c0:c1])
-        o_chunks = (chunks.Qd @ S).add_(chunks.P @ U)
+        o_chunks = (chunks.Qd @ S).flatten(0, 1).baddbmm_(chunks.P.flatten(0, 1), U.flatten(0, 1)).view_as(U)
         rows = o[:, c0 * layout.chunk : c1 * layout.chunk]
         rows.copy_(_merge(layout, o_chunks, rows.shape[1]))
     return _Scan(layout.finish(o), states.result())
@@ -574,7 +582,7 @@ def _segment_backward(
     """One segment of the backward pass: fills its rows of ``grads`` and adds to those of ``A_log`` and ``dt_bias``."""
     activated = _activate(taken, options)
     x = _prepare(layout, activated, c0, c1)
-    dO = layout.split(do.to(x.v.dtype), c0, c1)
+    dO = _split(layout, do.to(x.v.dtype), c0, c1)
     U = x.AV - x.AKd @ S
     dW, dleaving = _scan_backward(x, dO, dstates, c0)
 
@@ -584,7 +592,8 @@ def _segment_backward(
     dKr = U @ dleaving.mT
     up = torch.stack((dO @ S.mT, (dW @ S.mT).neg_()), 3).mul_(x.from_start.unsqueeze(3))  # of q, and of k from before
     k_down = x.to_end * dKr  # of k from behind
-    for size, hi, lo in _levels(x.g.clone(), torch.zeros_like(x.g)):
+    g = _split(layout, activated.g, c0, c1)
+    for size, hi, lo in _levels(g, torch.zeros_like(g)):
         (qk_lo, qk_hi), blocks = _halves(x.qk, size), _score_blocks(dPN, size).flatten(3, 4)
         read = (blocks @ (qk_lo[..., 1, :] * lo)).unflatten(-2, (-1, 2))
         _halves(up, size)[1].addcmul_(read, hi.unsqueeze(-2))
@@ -593,9 +602,8 @@ def _segment_backward(
     dG = x.q * dq + x.k * (k_up - k_down)
     dG[:, :, -1] += (dKr * x.Kr).sum(-2) + (x.gamma * dleaving * S).sum(-1)
     dg = dG.flip(-2).cumsum(-2).flip(-2)
-    diagonal = (
-        dPN[..., 0, :].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    )  # a token reads itself undecayed: nothing for the gate
+    # A token reads itself undecayed, which is nothing to the gate.
+    diagonal = dPN[..., 0, :].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     dq = dq + diagonal * x.k
     dk = k_up + k_down + diagonal * x.q
 
