@@ -147,8 +147,8 @@ def _layout(q: Tensor, cu_seqlens: Tensor | None, chunk: int) -> _Layout:
 def _split(layout: _Layout, x: Tensor, c0: int, c1: int, out: Tensor | None = None) -> Tensor:
     """Taken tokens ``[B, rows, X, D]`` to chunks ``[c1 - c0, B * X, C, D]``; rows of no token are zero."""
     x = layout.rows_of_chunks(x, c0, c1).unflatten(1, (c1 - c0, layout.chunk)).permute(1, 0, 3, 2, 4)
-    if out is None:
-        return x.contiguous().flatten(1, 2)
+    if out is None:  # never the argument itself, even where it is laid out alike
+        return x.clone(memory_format=torch.contiguous_format).flatten(1, 2)
     out.unflatten(1, (layout.batch, -1)).copy_(x)
     return out
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BETAS, GATES, TOKENS, Call, error, make_call, output_error, reference, rows
+from helpers import BETAS, GATES, TOKENS, Call, error, make_call, output_error, reference, requiring_grad, rows
 
 from flashkda_ops import chunk_kda, recurrent_kda
 from flashkda_ops.portable import num_checkpoints
@@ -259,3 +259,17 @@ def test_a_malformed_cu_seqlens_stays_in_bounds(bounds: list[int]) -> None:
     assert all(torch.isfinite(x.grad).all() for x in loose.values())
     with torch.no_grad():
         assert torch.isfinite(chunk_kda(**call, return_intermediate_states=True)[2]).all()
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 33, 64]])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_inputs_are_left_as_they_are(heads: int, cu_seqlens: list[int] | None) -> None:
+    """One head of one row lies in memory as its chunks do: no copy is needed to read it, but one to work on it."""
+    call = make_call(64, H=heads, HV=heads, gate="precomputed", beta="raw", initial_state=True, cu_seqlens=cu_seqlens)
+    leaves = requiring_grad(call)
+    before = {name: call[name].clone() for name in (*TOKENS, "initial_state")}
+    o, state = run(leaves)
+    (o.sum() + state.sum()).backward()
+    recurrent_kda(**call)
+    for name, x in before.items():
+        assert torch.equal(call[name], x) and torch.equal(leaves[name], x), name
