@@ -78,7 +78,7 @@ struct ChunkKdaFwdParams {
   const float* initial_state;  // [sequences, value_heads, 128, 128], or null for 0
   float* final_state;          // the same, or null
   const void* cu_seqlens;      // [sequences + 1] int32 or int64, or null
-  void* workspace;             // chunk_kda_fwd_workspace_bytes(), 16-byte aligned
+  void* workspace;             // chunk_kda_fwd_workspace_bytes(), 16-byte aligned; or null where those are 0
 
   BatchedStrides q_stride, k_stride, v_stride, g_stride, beta_stride;
 
@@ -94,6 +94,7 @@ struct ChunkKdaFwdParams {
   Dtype beta_dtype;
   bool cu_seqlens_is_64bit;
   bool state_v_first;  // states are [V, K], else [K, V]
+  bool one_segment;    // a sequence's bits depend on nothing but itself
 
   Gate gate;
   float lower_bound;

@@ -185,23 +185,39 @@ def recurrent_kda_paged(
         )
 
 
-_MAX_STRIDE_BYTES = 1 << 40  # of a TMA descriptor
-
-
 @functools.cache
 def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tma_loadable(x: Tensor) -> Tensor:
-    """x of [B, T, H, D], or a copy where a TMA descriptor cannot describe it."""
-    size = x.element_size()
-    described = x.stride(3) == 1 and x.data_ptr() % 16 == 0
-    for dim in (0, 1, 2):
-        step = x.stride(dim) * size
-        # A stride over a single index is never taken.
-        described = described and (x.shape[dim] == 1 or (step % 16 == 0 and 0 < step < _MAX_STRIDE_BYTES))
-    return x if described else x.clone(memory_format=torch.contiguous_format)
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_bytes(
+    sequences: int, value_heads: int, tokens: int, packed: bool, one_segment: bool, sm_count: int
+) -> int:
+    return _extension().chunk_kda_fwd_workspace_bytes(sequences, value_heads, tokens, packed, one_segment, sm_count)
+
+
+def _tma_view(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """x of [B, T, H, D], or a copy where a TMA descriptor cannot describe it; its address and its B, T, H strides."""
+    address, (batch, token, head, last) = x.data_ptr(), x.stride()
+    per_16_bytes = 16 // x.element_size()
+    # A stride over a single index is never taken, and may be anything; one of 0 over several is an expanded tensor's.
+    if last != 1 or address % 16 != 0 or (batch | token | head) % per_16_bytes != 0 or not (batch and token and head):
+        sizes = x.shape
+        taken = [step for step, size in zip((batch, token, head), sizes, strict=False) if size > 1]
+        if last != 1 or address % 16 != 0 or any(step % per_16_bytes != 0 or step == 0 for step in taken):
+            x = x.clone(memory_format=torch.contiguous_format)
+            address, (batch, token, head, last) = x.data_ptr(), x.stride()
+    return x, (address, batch, token, head)
+
+
+def _dense_float(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -224,7 +240,7 @@ def chunk_kda_reason(
     reason = device_reason(q.device)
     if reason is not None:
         return reason
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
+    if not _is_hopper(q.device):
         return "the prefill kernel is built for compute capability 9.0 alone"
     if q.shape[3] != 128 or v.shape[3] != 128:
         return f"K={q.shape[3]}, V={v.shape[3]}: the kernel has K=V=128"
@@ -265,49 +281,58 @@ def chunk_kda(
     allow_neg_eigval: bool,
     lower_bound: float | None,
     state_v_first: bool,
+    batch_invariant: bool = False,
 ) -> None:
     """Launches the prefill kernel on the current stream; writes o and final_state, both dense."""
     device = q.device
     extension, dtypes = _extension(), _dtypes()
+    batch, tokens, heads, _ = q.shape
+    value_heads = v.shape[2]
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
-    q, k, v, g = _tma_loadable(q), _tma_loadable(k), _tma_loadable(v), _tma_loadable(g)
+    q, q_view = _tma_view(q)
+    k, k_view = _tma_view(k)
+    v, v_view = _tma_view(v)
+    g, g_view = _tma_view(g)
     gate = extension.Gate.precomputed
+    A_log_address = dt_bias_address = 0
     if use_gate_in_kernel:
         gate = extension.Gate.unbounded if lower_bound is None else extension.Gate.bounded
-        A_log = None if A_log is None else A_log.float().contiguous()
-        dt_bias = None if dt_bias is None else dt_bias.float().reshape(-1).contiguous()
-    else:
-        A_log = dt_bias = None
+        if A_log is not None:
+            A_log = _dense_float(A_log)
+            A_log_address = A_log.data_ptr()
+        if dt_bias is not None:
+            dt_bias = _dense_float(dt_bias)
+            dt_bias_address = dt_bias.data_ptr()
+    initial_state_address = 0
     if initial_state is not None:
         initial_state = _aligned(initial_state)
+        initial_state_address = initial_state.data_ptr()
+    sequences, cu_seqlens_address, cu_seqlens_is_64bit = batch, 0, False
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
-    batch, tokens, heads = q.shape[:3]
-    value_heads = v.shape[2]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    size = extension.chunk_kda_fwd_workspace_bytes(sequences, value_heads, cu_seqlens is not None, _sm_count(device))
-    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-
-    def address(x: Tensor | None) -> int:
-        return 0 if x is None else x.data_ptr()
-
-    def view(x: Tensor) -> tuple[int, ...]:
-        return x.data_ptr(), *x.stride()[:3]
+        sequences, cu_seqlens_address = cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
+        cu_seqlens_is_64bit = cu_seqlens.dtype is torch.int64
+    sm_count = _sm_count(device)
+    workspace_address = 0
+    size = _workspace_bytes(sequences, value_heads, tokens, cu_seqlens is not None, batch_invariant, sm_count)
+    if size:
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        workspace_address = workspace.data_ptr()
 
     with _current(device):
         extension.chunk_kda_fwd(
-            q=view(q),
-            k=view(k),
-            v=view(v),
-            g=view(g),
-            beta=view(beta),
+            q=q_view,
+            k=k_view,
+            v=v_view,
+            g=g_view,
+            beta=(beta.data_ptr(), *beta.stride()),
             o=o.data_ptr(),
-            A_log=address(A_log),
-            dt_bias=address(dt_bias),
-            initial_state=address(initial_state),
-            final_state=address(final_state),
-            cu_seqlens=address(cu_seqlens),
-            workspace=address(workspace),
+            A_log=A_log_address,
+            dt_bias=dt_bias_address,
+            initial_state=initial_state_address,
+            final_state=0 if final_state is None else final_state.data_ptr(),
+            cu_seqlens=cu_seqlens_address,
+            workspace=workspace_address,
             batch=batch,
             tokens=tokens,
             heads=heads,
@@ -316,8 +341,9 @@ def chunk_kda(
             dtype=dtypes[q.dtype],
             g_dtype=dtypes[g.dtype],
             beta_dtype=dtypes[beta.dtype],
-            cu_seqlens_is_64bit=cu_seqlens is not None and cu_seqlens.dtype == torch.int64,
+            cu_seqlens_is_64bit=cu_seqlens_is_64bit,
             state_v_first=state_v_first,
+            one_segment=batch_invariant,
             gate=gate,
             lower_bound=-1.0 if lower_bound is None else lower_bound,
             scale=scale,
@@ -325,5 +351,5 @@ def chunk_kda(
             beta_sigmoid=use_beta_sigmoid_in_kernel,
             beta_factor=2.0 if allow_neg_eigval else 1.0,
             device=device.index,
-            stream=torch.cuda.current_stream(device).cuda_stream,
+            stream=torch._C._cuda_getCurrentRawStream(device.index),
         )

@@ -101,6 +101,7 @@ def op(
     return compute(
         sizes, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options,
         output_final_state=output_final_state, state_v_first=state_v_first, checkpoint_interval=checkpoint_interval,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def compute(
     output_final_state: bool,
     state_v_first: bool,
     checkpoint_interval: int,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op on arguments that are valid: by the kernel where it serves them, else on the portable path."""
     if (
@@ -135,7 +137,7 @@ def compute(
             scale=options.scale, use_qk_l2norm_in_kernel=options.use_qk_l2norm_in_kernel,
             use_gate_in_kernel=options.use_gate_in_kernel,
             use_beta_sigmoid_in_kernel=options.use_beta_sigmoid_in_kernel, allow_neg_eigval=options.allow_neg_eigval,
-            lower_bound=options.lower_bound, state_v_first=state_v_first,
+            lower_bound=options.lower_bound, state_v_first=state_v_first, batch_invariant=batch_invariant,
         )  # fmt: skip
         states = None
     else:

@@ -103,6 +103,7 @@ def op(
         o, final_state, _ = chunk_kda.compute(
             sizes, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options,
             output_final_state=True, state_v_first=state_v_first, checkpoint_interval=0,
+            batch_invariant=batch_invariant,
         )  # fmt: skip
         return o, final_state
 

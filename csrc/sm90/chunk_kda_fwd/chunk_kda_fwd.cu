@@ -14,8 +14,9 @@ using chunk_kda_fwd::plan_kernel;
 
 template <typename T, typename G, bool kBounded>
 cudaError_t launch_scans(const ChunkKdaFwdParams& p, cudaStream_t stream) {
-  const int scans = chunk_kda_fwd::plan(p.sequences, p.value_heads, p.cu_seqlens != nullptr, p.sm_count).scans;
-  return scans == 1 ? chunk_kda_fwd::launch<T, G, kBounded, 1>(p, stream) : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, stream);
+  const chunk_kda_fwd::Plan plan =
+      chunk_kda_fwd::plan(p.sequences, p.value_heads, p.tokens, p.cu_seqlens != nullptr, p.one_segment, p.sm_count);
+  return plan.scans == 1 ? chunk_kda_fwd::launch<T, G, kBounded, 1>(p, plan, stream) : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, plan, stream);
 }
 
 template <typename T, typename G>
@@ -30,8 +31,9 @@ cudaError_t launch_dtype(const ChunkKdaFwdParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, bool has_cu_seqlens, int sm_count) {
-  return chunk_kda_fwd::plan(sequences, value_heads, has_cu_seqlens, sm_count).workspace_bytes;
+size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment,
+                                     int sm_count) {
+  return chunk_kda_fwd::plan(sequences, value_heads, tokens, has_cu_seqlens, one_segment, sm_count).workspace_bytes;
 }
 
 cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& p, cudaStream_t stream) {

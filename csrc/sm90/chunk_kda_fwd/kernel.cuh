@@ -1,10 +1,11 @@
-// Chunked KDA forward for Hopper: one block a multiprocessor, one (sequence, value head) at a time, 16 tokens a chunk.
+// Chunked KDA forward for Hopper: one block a multiprocessor, one (sequence, value head) or a part of one at a time, 16 tokens a chunk.
 //
 // A ring of shared-memory stages, one a chunk, passes through three roles:
 //
 //   loader      (1 thread)       takes work items and has TMA bring q, k, g, v of their chunks, as many ahead as there are stages
-//   transform   (7 warps)        a warp owns a chunk: it turns q, k, g in place into Qd, Kd, Kr, and solves the 16x16 system
-//   scan        (2 warpgroups)   64 rows of V each: carries the fp32 state through the chunks in registers, writes o
+//   transform   (7 or 11 warps)  a warp owns a chunk: it turns q, k, g in place into Qd, Kd, Kr, and solves the 16x16 system
+//   scan        (1 or 2          64 rows of V each: carries the fp32 state through the chunks in registers, writes o
+//                warpgroups)
 //
 // With G the cumulative log decay inside the chunk, d = diag(exp(G_last)), n_k and n_q the norms that q and k are divided by (1
 // without normalisation), and k, q raw, the scan computes
@@ -23,6 +24,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstring>
 #include <type_traits>
 
@@ -40,11 +42,10 @@ constexpr int kThreads = 512;
 constexpr int kTileBytes = 2048;
 
 // Of a stage. K and Q alternate so that a 32-row operand of 64 channels is contiguous.
-constexpr int kKeyOffset = 0;         // k, then -Kd: tiles 0 and 2
-constexpr int kQueryOffset = 2048;    // q, then Qd: tiles 1 and 3
-constexpr int kRestOffset = 8192;     // g where it has 16 bits, then Kr: tiles 4 and 5
-constexpr int kValueOffset = 12288;   // v: tiles 6 and 7, or tile 6 alone
-constexpr int kWideGateOffset = 16384;  // g where it has 32 bits: four tiles of 32 channels
+constexpr int kKeyOffset = 0;       // k, then -Kd: tiles 0 and 2
+constexpr int kQueryOffset = 2048;  // q, then Qd: tiles 1 and 3
+constexpr int kValueOffset = 8192;  // v: a tile for each scan
+// Behind v: g, then Kr in its first two tiles. With 32 bits g has four tiles, of 32 channels.
 
 // Of the factors of a chunk that are not tiles.
 constexpr int kSolveOffset = 0;        // bf16 [2][32][8]: rows of AU, then of PA; scratch before that
@@ -62,23 +63,29 @@ constexpr int kOutputBytes = 512;
 template <typename G, int kScans>
 struct Layout {
   static constexpr bool kWideGate = sizeof(G) == 4;
-  static constexpr int kStages = kWideGate ? 8 : 12;
-  // All other warps but the loader's, as long as there is a stage for each.
-  static constexpr int kTransformWarps = kScans == 2 || kWideGate ? 7 : 11;
-  static constexpr int kScanRegisters = kScans == 2 ? 144 : 152;
+  static constexpr int kGateOffset = kValueOffset + kScans * kTileBytes;
+  static constexpr int kStageBytes = kGateOffset + (kWideGate ? 4 : 2) * kTileBytes;
+  static constexpr int kStages = (kWideGate ? 11 : 13) - (kScans - 1);
+  // All other warps but the loader's, with a stage for each.
+  static constexpr int kTransformWarps = kScans == 2 ? 7 : 11;
+  static constexpr int kScanRegisters = 144;
   static constexpr int kTransformRegisters = kScans == 2 ? 112 : 120;
-  static constexpr int kStageBytes = kWideGate ? 24576 : 16384;
-  static constexpr int kLoadBytes = (kWideGate ? 16384 : 12288) + kScans * kTileBytes;
   static constexpr int kFactors = kStages * kStageBytes;
   static constexpr int kBias = kFactors + kStages * kFactorBytes;
   static constexpr int kOutput = kBias + kTransformWarps * kHeadDim * 4;
   static constexpr int kBarriers = kOutput + kScans * 4 * kOutputBytes;
   static constexpr int kBytes = kBarriers + 3 * 8 * kStages + 1024;  // 1024 to align the base
+  static_assert(kTransformWarps <= kStages && kBytes <= 232448);
 };
 
 struct Arguments {
   CUtensorMap q, k, v, g;
   ChunkKdaFwdParams p;
+  int segments;
+  int segment_chunks;
+  // [sequences, value_heads, segments], where there are several: chunks before the segment from which a state of zero is as good as
+  // the true one, or 0 where there are none within reach and the segment belongs to the run before it. From the probe.
+  int* warm_ups;
 };
 
 // What a chunk is. Written by the loader before it arrives on `full`.
@@ -88,10 +95,12 @@ struct ChunkInfo {
   int value_head;
   int sequence;
   int left;  // tokens of the sequence from here on; 0 only for an empty sequence, negative at the end of work
-  int half;  // of the rows of V, where blocks take halves
-  int pad[2];
+  int part;  // half of the rows of V, where blocks take halves; the segment, in a probe
+  int warm;  // tokens of the run that belong to the one before, which writes their o
+  int flags;
 };
 constexpr int kStop = -1;
+constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; ends with it
 
 // The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a chunk, so the
 // lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.
@@ -105,8 +114,9 @@ constexpr float kLowestLogDecay = -10.f;
 
 // Barriers of a stage, with who arrives and who waits:
 //   full   the loader's thread and TMA's bytes        -> the transform warp
-//   ready  the transform warp, once                   -> scan warps
-//   empty  each scan warp, once                       -> the loader
+//   ready  the transform warp, every lane             -> scan warps
+//   empty  the scan warps, every lane                 -> the loader
+// One lane could arrive for its warp behind a __syncwarp; every lane arriving costs no time, and race detectors follow it.
 struct Barriers {
   uint32_t base;
   int stages;
@@ -154,26 +164,62 @@ __device__ __forceinline__ void unpack(float (&x)[8], const uint32_t (&bits)[4],
 __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) { return pack_bf16(low, high); }
 __device__ __forceinline__ uint32_t pack(float low, float high, __half) { return pack_fp16(low, high); }
 
-__device__ __forceinline__ float load_scalar(const void* base, int64_t index, Dtype dtype) {
-  if (dtype == Dtype::kFloat32) return static_cast<const float*>(base)[index];
-  if (dtype == Dtype::kFloat16) return __half2float(static_cast<const __half*>(base)[index]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[index]);
+// An element of 4 bytes, or of 2. One predicated load each rather than a branch, at whose end a warp would wait for it.
+__device__ __forceinline__ uint32_t load_bits(const void* base, int64_t index, bool wide) {
+  uint32_t bits;
+  asm volatile(
+      "{\n"
+      ".reg .pred wide;\n"
+      "setp.ne.b32 wide, %2, 0;\n"
+      "@wide ld.global.nc.b32 %0, [%1];\n"
+      "@!wide ld.global.nc.u16 %0, [%1];\n"
+      "}\n"
+      : "=r"(bits)
+      : "l"(static_cast<const char*>(base) + (index << (wide ? 2 : 1))), "r"(int(wide)));
+  return bits;
+}
+
+__device__ __forceinline__ float bits_to_float(uint32_t bits, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) return __uint_as_float(bits);
+  if (dtype == Dtype::kBFloat16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(uint16_t(bits)));
 }
 
 // ---- loader
 
+// A run of chunks: a whole sequence, or a segment of one and those after it that need its state.
 struct Item {
   int batch;
   int begin;
-  int length;
+  int length;  // negative for nothing to do
   int value_head;
   int sequence;
+  int part;
+  int warm;
+  int flags;
 };
 
-__device__ __forceinline__ Item read_item(const ChunkKdaFwdParams& p, int index) {
+template <int kScans, bool kProbe>
+__device__ __forceinline__ Item read_item(const Arguments& arguments, int index) {
+  const ChunkKdaFwdParams& p = arguments.p;
+  constexpr int kHalves = 3 - kScans;
+  const int segments = arguments.segments, segment_tokens = arguments.segment_chunks * kChunk;
   Item item;
+  int segment;
+  if constexpr (kProbe) {
+    segment = index % (segments - 1) + 1;
+    index /= segments - 1;
+    item.part = segment;
+  } else {
+    item.part = index % kHalves;
+    index /= kHalves;
+    segment = index % segments;
+    index /= segments;
+  }
   const int rank = index / p.value_heads;
   item.value_head = index - rank * p.value_heads;
+  item.warm = 0;
+  item.flags = kFromStart | kToEnd;
   if (p.cu_seqlens) {
     const char* workspace = static_cast<const char*>(p.workspace);
     const WorkspaceLayout layout = workspace_layout(p.sequences);
@@ -182,21 +228,44 @@ __device__ __forceinline__ Item read_item(const ChunkKdaFwdParams& p, int index)
     item.batch = 0;
     item.begin = offsets[item.sequence];
     item.length = offsets[item.sequence + 1] - item.begin;
-  } else {
-    item.sequence = rank;
-    item.batch = rank;
-    item.begin = 0;
-    item.length = int(p.tokens);
+    return item;
   }
+  item.sequence = item.batch = rank;
+  item.begin = segment * segment_tokens;
+  if constexpr (kProbe) {
+    item.length = min(kProbedChunks * kChunk, item.begin);
+    item.begin -= item.length;
+    return item;
+  }
+  int end = int(p.tokens);
+  if (segments > 1) {
+    const int* warm_ups = arguments.warm_ups + index * segments;
+    item.flags = segment == 0 ? kFromStart : 0;
+    if (segment > 0) {
+      item.warm = warm_ups[segment] * kChunk;
+      if (item.warm == 0) {
+        item.length = -1;
+        return item;
+      }
+    }
+    int next = segment + 1;
+    while (next < segments && warm_ups[next] == 0) ++next;
+    if (next < segments) {
+      end = next * segment_tokens;
+    } else {
+      item.flags |= kToEnd;
+    }
+  }
+  item.begin -= item.warm;
+  item.length = end - item.begin;
   return item;
 }
 
-template <typename G, int kScans>
+template <typename G, int kScans, bool kProbe>
 __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* info_base, Barriers barriers) {
   using L = Layout<G, kScans>;
   const ChunkKdaFwdParams& p = arguments.p;
-  constexpr int kHalves = 3 - kScans;
-  const int items = p.sequences * p.value_heads * kHalves;
+  const int items = p.sequences * p.value_heads * (kProbe ? arguments.segments - 1 : (3 - kScans) * arguments.segments);
   const int group = p.value_heads / p.heads;
   int* ticket = static_cast<int*>(p.workspace);
   Cursor<L::kStages> cursor(0);
@@ -206,15 +275,17 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
     return reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(info_base) + cursor.stage * kFactorBytes);
   };
 
+  wait_for_previous_kernel();  // the plan, or the probe
   // Sequences of a dense batch are equally long, so dealing them round is as good as tickets.
-  for (int index = blockIdx.x; index < items;) {
-    const int next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
-    const Item item = read_item(p, index / kHalves);
-    const int first_half = index % kHalves;
+  for (int index = blockIdx.x, next; index < items; index = next) {
+    next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
+    const Item item = read_item<kScans, kProbe>(arguments, index);
+    if (item.length < 0) continue;
+    const int first_half = kProbe ? 0 : item.part;
     const int head = item.value_head / group;
-    if (p.initial_state) {
+    if (!kProbe && p.initial_state && (item.flags & kFromStart) && first_half == 0) {
       const int64_t state = (int64_t(item.sequence) * p.value_heads + item.value_head) * (kHeadDim * kHeadDim);
-      if (first_half == 0) bulk_prefetch_l2(p.initial_state + state, kHeadDim * kHeadDim * 4);
+      bulk_prefetch_l2(p.initial_state + state, kHeadDim * kHeadDim * 4);
     }
     const int chunks = item.length > 0 ? (item.length + kChunk - 1) / kChunk : 1;
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -226,11 +297,13 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
       info->value_head = item.value_head;
       info->sequence = item.sequence;
       info->left = item.length - done;
-      info->half = first_half;
+      info->part = item.part;
+      info->warm = item.warm;
+      info->flags = item.flags;
       const uint32_t full = barriers.full(cursor.stage);
       if (item.length > 0) {
         const uint32_t stage = shared + cursor.stage * L::kStageBytes;
-        mbarrier_arrive_expect_tx(full, L::kLoadBytes);
+        mbarrier_arrive_expect_tx(full, L::kStageBytes);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           tma_load_4d(stage + kKeyOffset + half * 4096, &arguments.k, full, half * 64, token, head, item.batch);
@@ -239,13 +312,13 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
         if constexpr (L::kWideGate) {
 #pragma unroll
           for (int quarter = 0; quarter < 4; ++quarter) {
-            tma_load_4d(stage + kWideGateOffset + quarter * kTileBytes, &arguments.g, full, quarter * 32, token,
+            tma_load_4d(stage + L::kGateOffset + quarter * kTileBytes, &arguments.g, full, quarter * 32, token,
                         item.value_head, item.batch);
           }
         } else {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            tma_load_4d(stage + kRestOffset + half * kTileBytes, &arguments.g, full, half * 64, token, item.value_head,
+            tma_load_4d(stage + L::kGateOffset + half * kTileBytes, &arguments.g, full, half * 64, token, item.value_head,
                         item.batch);
           }
         }
@@ -259,7 +332,6 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
       }
       cursor.advance(1);
     }
-    index = next;
   }
   // The scan leaves at the first of these; every transform warp meets one.
   for (int i = 0; i < L::kTransformWarps; ++i) {
@@ -305,7 +377,7 @@ struct GateFunction {
   }
 };
 
-template <typename T, typename G, bool kBounded, int kScans>
+template <typename T, typename G, bool kBounded, int kScans, bool kProbe>
 __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers, int warp) {
   using L = Layout<G, kScans>;
   const int lane = threadIdx.x % 32;
@@ -339,22 +411,19 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
     const int left = load_shared_int(factors + kChunkInfoOffset + 16);
     if (left <= 0) {  // an empty sequence, or the end
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(barriers.ready(cursor.stage));
+      mbarrier_arrive(barriers.ready(cursor.stage));
       if (left == kStop) return;
       continue;
     }
     const int valid = min(left, kChunk);
     const int value_head = int(where.z);
 
-    // Token lane % 16's beta; needed after the loop.
+    // Token lane % 16's beta, on its way while the loop runs.
     const int beta_token = lane % 16;
-    float beta = 0.f;
-    if (beta_token < valid) {
-      beta = load_scalar(p.beta,
-                         int64_t(where.y) * p.beta_stride.batch + int64_t(where.x + beta_token) * p.beta_stride.token +
-                             value_head * p.beta_stride.head,
-                         p.beta_dtype);
-    }
+    const int64_t beta_index = int64_t(where.y) * p.beta_stride.batch +
+                               int64_t(where.x + min(beta_token, valid - 1)) * p.beta_stride.token +
+                               value_head * p.beta_stride.head;
+    const uint32_t beta_bits = load_bits(p.beta, beta_index, p.beta_dtype == Dtype::kFloat32);
 
     if (value_head != bias_head) {
       bias_head = value_head;
@@ -393,43 +462,39 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
     float l_left[4] = {}, p_left[4] = {};  // columns 0 to 7 of Kd Ki^T and Qd Ki^T
     float right[4] = {};                   // columns 8 to 15 of their rows 8 to 15, which are all that is needed of those
     float k_squares[2] = {}, q_squares[2] = {};
+    float largest_decay = 0.f, kd_squares[2] = {}, kr_squares[2] = {};  // for a probe's bound
 
-#pragma unroll 1
-    for (int pairs = 0; pairs < kHeadDim / 32; ++pairs) {
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      const int slice = pairs * 2 + odd;
-      const uint32_t k_address = stage + pairs / 2 * 4096 + (matrix_address ^ uint32_t(pairs % 2 * 64 + odd * 32));
-      const uint32_t q_address = k_address + kQueryOffset;
-      const uint32_t rest_address = k_address - pairs / 2 * 2048 + kRestOffset;
-
-      // Gates, with tokens where a product sums: g[0], g[1] tokens pair and pair + 1 of channel row, g[2], g[3] tokens + 8, and
-      // again for channel row + 8.
+    // Gates of a slice of 16 channels, with tokens where a product sums: gates[0] holds tokens pair and pair + 1 of channel row,
+    // gates[1] tokens + 8, gates[2] and [3] the same of channel row + 8.
+    const auto load_gates = [&](int slice, uint32_t (&gates)[4]) {
       float g[8];
       if constexpr (L::kWideGate) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int token = pair + i % 2 + i / 2 % 2 * 8;
           const int chunk = slice % 2 * 4 + i / 4 * 2 + row / 4;
-          g[i] = load_shared_float(stage + kWideGateOffset + slice / 2 * kTileBytes + token * 128 + ((chunk ^ (token % 8)) << 4) +
+          g[i] = load_shared_float(stage + L::kGateOffset + slice / 2 * kTileBytes + token * 128 + ((chunk ^ (token % 8)) << 4) +
                                    row % 4 * 4);
         }
       } else {
         uint32_t bits[4];
-        ldmatrix_x4_trans(bits, rest_address);
+        ldmatrix_x4_trans(bits, stage + L::kGateOffset + slice / 4 * kTileBytes + (matrix_address ^ uint32_t(slice % 4 * 32)));
         unpack(g, bits, T{});
       }
       const float bias_low = load_shared_float(bias_address + (slice * 16 + row) * 4);
       const float bias_high = load_shared_float(bias_address + (slice * 16 + 8 + row) * 4);
-      uint32_t gates[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float bias = i < 2 ? bias_low : bias_high;
         gates[i] = pack_fp16(gate.template operator()<kBounded>(g[2 * i], bias),
                              gate.template operator()<kBounded>(g[2 * i + 1], bias));
       }
+    };
 
-      // Their sums, with channels where a product sums: sums[half] rows row, row, row + 8, row + 8; channels pair, pair + 1 of half.
+    const auto transform_slice = [&](int slice, const uint32_t (&gates)[4], const uint32_t (&k_bits)[4], const uint32_t (&q_bits)[4],
+                                     uint32_t k_address) {
+      // Sums of gates, with channels where a product sums: sums[half] rows row, row, row + 8, row + 8; channels pair and pair + 1 of
+      // a half.
       float sums[2][4];
       mma_fp16(sums[0], sum_matrix, gates[0], gates[1], lifts);
       mma_fp16(sums[1], sum_matrix, gates[2], gates[3], lifts);
@@ -444,9 +509,6 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
 #pragma unroll
       for (int i = 0; i < 4; ++i) last[i] = __shfl_sync(0xffffffffu, up[i / 2 * 4 + 2 + i % 2], 28 + lane % 4);
 
-      uint32_t k_bits[4], q_bits[4];
-      ldmatrix_x4(k_bits, k_address);
-      ldmatrix_x4(q_bits, q_address);
       float k[8], q[8];
       unpack(k, k_bits, T{});
       unpack(q, q_bits, T{});
@@ -471,6 +533,8 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       mma_bf16(p_left, qd[0], qd[1], qd[2], qd[3], ki[0], ki[2]);
       mma_bf16(right, kd[1], qd[1], kd[3], qd[3], ki[1], ki[3]);
 
+      const float to_last[4] = {last[0], last[1], last[2], last[3]};
+      float first[4];
       if constexpr (kBounded) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) last[i] *= down_scale;
@@ -479,7 +543,6 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
         float reference[2][4];
         mma_fp16(reference[0], reference_matrix, gates[0], gates[1], lifts);
         mma_fp16(reference[1], reference_matrix, gates[2], gates[3], lifts);
-        float first[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           first[i] = ex2(reference[i / 2][i % 2]);
@@ -491,15 +554,44 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
           qd[i] = pack_bf16(q[2 * i] * first[i / 2 * 2], q[2 * i + 1] * first[i / 2 * 2 + 1]);
         }
       }
+      if constexpr (kProbe) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float from_start = k[i] * (kBounded ? down_scale : first[i / 4 * 2 + i % 2]);
+          const float to_end = k_inverse[i] * to_last[i / 4 * 2 + i % 2];
+          kd_squares[i / 2 % 2] = fmaf(from_start, from_start, kd_squares[i / 2 % 2]);
+          kr_squares[i / 2 % 2] = fmaf(to_end, to_end, kr_squares[i / 2 % 2]);
+          largest_decay = fmaxf(largest_decay, last[i / 2]);
+        }
+      }
       stmatrix_x4(k_address, kd);
-      stmatrix_x4(q_address, qd);
-      stmatrix_x4(rest_address, kr);
+      stmatrix_x4(k_address + kQueryOffset, qd);
+      stmatrix_x4(k_address - slice / 4 * kTileBytes + L::kGateOffset, kr);
       if (lane >= 28) {
         store_shared_float4(factors + kDecayOffset + (slice * 4 + lane % 4) * 16, make_float4(last[0], last[1], last[2], last[3]));
       }
-    }
+    };
+
+    // Slices at a time. Kr of two slices covers what g of the first took where g has 32 bits, so both slices' gates come first.
+    constexpr int kTogether = L::kWideGate ? 2 : 1;
+#pragma unroll 1
+    for (int first = 0; first < kHeadDim / 16; first += kTogether) {
+      uint32_t gates[kTogether][4];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) load_gates(first + i, gates[i]);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int slice = first + i;
+        const uint32_t k_address = stage + slice / 4 * 4096 + (matrix_address ^ uint32_t(slice % 4 * 32));
+        uint32_t k_bits[4], q_bits[4];
+        ldmatrix_x4(k_bits, k_address);
+        ldmatrix_x4(q_bits, k_address + kQueryOffset);
+        transform_slice(slice, gates[i], k_bits, q_bits, k_address);
+      }
     }
 
+    float beta = bits_to_float(beta_bits, p.beta_dtype);
     if (p.beta_sigmoid) beta = sigmoid(beta);
     beta = beta_token < valid ? beta * p.beta_factor : 0.f;
 
@@ -511,6 +603,10 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       for (int offset = 1; offset < 4; offset *= 2) {
         k_squares[i] += __shfl_xor_sync(0xffffffffu, k_squares[i], offset);
         q_squares[i] += __shfl_xor_sync(0xffffffffu, q_squares[i], offset);
+        if constexpr (kProbe) {
+          kd_squares[i] += __shfl_xor_sync(0xffffffffu, kd_squares[i], offset);
+          kr_squares[i] += __shfl_xor_sync(0xffffffffu, kr_squares[i], offset);
+        }
       }
       const float k_square = p.qk_l2norm ? k_squares[i] + 1e-6f : 1.f;
       const float q_square = p.qk_l2norm ? q_squares[i] + 1e-6f : 1.f;
@@ -528,7 +624,7 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t token = (row + 8 * i) * 4;
-        store_shared_float(factors + kValueScaleOffset + token, k_norm[i] * up_scale);
+        store_shared_float(factors + kValueScaleOffset + token, kProbe ? sqrtf(kd_squares[i]) : k_norm[i] * up_scale);
         store_shared_float(factors + kOutputScaleOffset + token, q_inverse_norm[i] * down_scale * p.scale);
         store_shared_float(factors + kColumnScaleOffset + token, row_beta[i] * k_inverse_norm[i] * down_scale);
       }
@@ -590,6 +686,26 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
         }
       }
     }
+    if constexpr (kProbe) {
+      // How much of a state can come through the chunk: || diag(d) - sum over s <= t of AU_ts Kd_s Kr_t^T || is at most
+      // max(d) + sum |AU_ts| |Kd_s| |Kr_t|. A little is added for the rounding of the factors.
+      const float kr_low = __shfl_sync(0xffffffffu, kr_squares[0], lane % 8 * 4);
+      const float kr_high = __shfl_sync(0xffffffffu, kr_squares[1], lane % 8 * 4);
+      float sum = 0.f;
+#pragma unroll
+      for (int s = 0; s < 16; ++s) {
+        const float column = load_shared_float(factors + kColumnScaleOffset + s * 4) * up_scale;
+        sum = fmaf(fabsf(x[s] * column), load_shared_float(factors + kValueScaleOffset + s * 4), sum);
+      }
+      sum = lane < 16 ? sum * sqrtf(lane < 8 ? kr_low : kr_high) : 0.f;
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        largest_decay = fmaxf(largest_decay, __shfl_xor_sync(0xffffffffu, largest_decay, offset));
+      }
+      __syncwarp();
+      if (lane == 0) store_shared_float(factors + kDecayOffset, 1.02f * (largest_decay + sum));
+    }
     uint32_t packed[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -603,19 +719,20 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
 
     fence_proxy_async_shared();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(barriers.ready(cursor.stage));
+    mbarrier_arrive(barriers.ready(cursor.stage));
   }
 }
 
 // ---- scan
 
-// A thread holds rows `row` and `row + 8` of its warp's 16, columns 8 j + pair and + 1: state[4 j + 2 i + e] is row + 8 i, pair + e.
-__device__ __forceinline__ void load_state(float (&state)[64], const float* matrix, bool v_first, int row, int pair) {
+// A thread holds rows `row` and `row + 8` of its warp's 16, columns 8 j + pair and + 1: element 4 j + 2 i + e is row + 8 i,
+// pair + e of column block j.
+__device__ __forceinline__ void load_state(float (&state)[2][32], const float* matrix, bool v_first, int row, int pair) {
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float* s = &state[4 * j + 2 * i];
+      float* s = &state[j / 8][j % 8 * 4 + 2 * i];
       const int r = row + 8 * i, c = 8 * j + pair;
       if (v_first) {
         const float2 x = __ldg(reinterpret_cast<const float2*>(matrix + r * kHeadDim + c));
@@ -629,12 +746,12 @@ __device__ __forceinline__ void load_state(float (&state)[64], const float* matr
   }
 }
 
-__device__ __forceinline__ void store_state(const float (&state)[64], float* matrix, bool v_first, int row, int pair) {
+__device__ __forceinline__ void store_state(const float (&state)[2][32], float* matrix, bool v_first, int row, int pair) {
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float* s = &state[4 * j + 2 * i];
+      const float* s = &state[j / 8][j % 8 * 4 + 2 * i];
       const int r = row + 8 * i, c = 8 * j + pair;
       if (v_first) {
         *reinterpret_cast<float2*>(matrix + r * kHeadDim + c) = make_float2(s[0], s[1]);
@@ -656,58 +773,98 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
 
   // This warp's 16 tokens x 16 columns of the v tile, for transposing ldmatrix; the same of o, for stmatrix and for reading rows.
   const int matrix_token = lane % 8 + lane / 16 * 8;
-  const uint32_t v_offset = kValueOffset + warpgroup * kTileBytes + matrix_token * 128 +
-                            ((uint32_t(warp * 2 + lane / 8 % 2) ^ (matrix_token % 8)) << 4);
-  const uint32_t output = shared + L::kOutput + threadIdx.x / 32 * kOutputBytes;
-  const uint32_t o_matrix = output + matrix_token * 32 + ((uint32_t(lane / 8 % 2) ^ (matrix_token / 4 % 2)) << 4);
-  const uint32_t o_row = output + lane / 2 * 32 + ((uint32_t(lane % 2) ^ (lane / 8 % 2)) << 4);
+  uint32_t v_matrix = shared + kValueOffset + warpgroup * kTileBytes + matrix_token * 128 +
+                      ((uint32_t(warp * 2 + lane / 8 % 2) ^ (matrix_token % 8)) << 4);
+  uint32_t o_matrix = shared + L::kOutput + threadIdx.x / 32 * kOutputBytes + matrix_token * 32 +
+                      ((uint32_t(lane / 8 % 2) ^ (matrix_token / 4 % 2)) << 4);
+  uint32_t o_row = shared + L::kOutput + threadIdx.x / 32 * kOutputBytes + lane / 2 * 32 +
+                   ((uint32_t(lane % 2) ^ (lane / 8 % 2)) << 4);
+  uint32_t pair_factors = shared + L::kFactors + pair * 4;
+  uint32_t pair_decays = shared + L::kFactors + kDecayOffset + lane % 4 * 16;
+  uint32_t o_token = lane / 2;
+  uint32_t zero = 0;
+  keep(v_matrix);
+  keep(o_matrix);
+  keep(o_row);
+  keep(pair_factors);
+  keep(pair_decays);
+  keep(o_token);
+  keep(zero);
   const int64_t o_chunk = int64_t(kChunk) * p.value_heads * kHeadDim;
 
-  float state[64];
+  float state[2][32];  // of K, halves
   Cursor<L::kStages> cursor(0);
   mbarrier_wait(barriers.ready(0), 0);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared_uint4(info);
-    const int2 what = load_shared_int2(info + 16);
-    const int length = what.x;
+    const uint4 what = load_shared_uint4(info + 16);
+    const int length = int(what.x);
     if (length == kStop) break;
-    const int column = (what.y + warpgroup) * 64 + warp * 16;  // of V, this warp's first
+    const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first
     const int64_t matrix = (int64_t(where.w) * p.value_heads + where.z) * (kHeadDim * kHeadDim);
-    if (p.initial_state) {
+    if (p.initial_state && (what.w & kFromStart)) {
       load_state(state, p.initial_state + matrix, p.state_v_first, column + lane / 4, pair);
     } else {
 #pragma unroll
-      for (int i = 0; i < 64; ++i) state[i] = 0.f;
+      for (int i = 0; i < 64; ++i) state[i / 32][i % 32] = 0.f;
     }
 
-    T* o = static_cast<T*>(p.o) +
-           ((int64_t(where.y) * p.tokens + where.x + lane / 2) * p.value_heads + where.z) * kHeadDim + column + lane % 2 * 8;
-    uint32_t copy[32];  // the state in bf16, made as soon as there is one
+    // The bf16 copy of half of K that the next chunk multiplies with, and that chunk's decay. Both are done as soon as the half is
+    // known and its chunk ready, beside the products of the other half.
+    uint32_t copy[32];
+    const auto load_decays = [&](int half, uint32_t factor_bytes, float4 (&d)[4]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) copy[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
+      for (int m = 0; m < 4; ++m) d[m] = load_shared_float4(pair_decays + factor_bytes + half * 256 + m * 64);
+    };
+    const auto copy_and_decay = [&](int half, const float4 (&d)[4]) {
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        float* s = &state[half][8 * m];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) copy[16 * half + 4 * m + i] = pack_bf16(s[2 * i], s[2 * i + 1]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          s[2 * i] *= d[m].x;
+          s[2 * i + 1] *= d[m].y;
+          s[4 + 2 * i] *= d[m].z;
+          s[4 + 2 * i + 1] *= d[m].w;
+        }
+      }
+    };
+    if (length > 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float4 d[4];
+        load_decays(half, cursor.stage * kFactorBytes, d);
+        copy_and_decay(half, d);
+      }
+    }
+
+    // This thread's 16 bytes of o leave a chunk late, where there is time to read them back from shared memory.
+    T* o = static_cast<T*>(p.o) + column + lane % 2 * 8 +
+           ((int64_t(where.y) * p.tokens + where.x + lane / 2 - kChunk) * p.value_heads + where.z) * kHeadDim;
+    bool o_waits = false;
+    const auto store_o = [&] {
+      const uint4 row = load_shared_uint4(o_row);
+      if (o_waits) *reinterpret_cast<uint4*>(o) = row;
+      o += o_chunk;
+    };
+
+    const int written = length - int(what.z);
     // An empty sequence still has a stage.
     for (int left = length > 0 ? length : 1; left > 0; left -= kChunk) {
       const uint32_t stage = shared + cursor.stage * L::kStageBytes;
-      const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
+      const uint32_t factor_bytes = cursor.stage * kFactorBytes;
+      const uint32_t solve = shared + L::kFactors + factor_bytes + kSolveOffset;
+      const uint32_t factors = pair_factors + factor_bytes;
+      const uint32_t v_address = v_matrix + cursor.stage * L::kStageBytes;
       const uint32_t empty = barriers.empty(cursor.stage);
       cursor.advance(1);
       if (length > 0) {
-        // W and Qd S^T: 16 columns each.
+        // - Kd S^T and Qd S^T: 16 columns each.
         float both[16];
         const MatrixDescriptor keys = k_major_128b(stage + kKeyOffset);
-        // The decay stands before the fence: there ptxas overlaps it with the products, after them it would wait for them.
-#pragma unroll
-        for (int m = 0; m < 8; ++m) {
-          const float4 d = load_shared_float4(factors + kDecayOffset + m * 64 + pair * 8);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            state[8 * m + 2 * i] *= d.x;
-            state[8 * m + 2 * i + 1] *= d.y;
-            state[8 * m + 4 + 2 * i] *= d.z;
-            state[8 * m + 4 + 2 * i + 1] *= d.w;
-          }
-        }
         wgmma_fence();
 #pragma unroll
         for (int m = 0; m < 8; ++m) {
@@ -715,37 +872,38 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
         }
         wgmma_commit();
 
+        store_o();
+        o_waits = int(o_token) < left && left <= written;
         uint32_t v_bits[4];
-        ldmatrix_x4_trans(v_bits, stage + v_offset);
-        const float2 v_scale[2] = {load_shared_float2(factors + kValueScaleOffset + pair * 4),
-                                   load_shared_float2(factors + kValueScaleOffset + 32 + pair * 4)};
+        ldmatrix_x4_trans(v_bits, v_address);
+        const float2 v_scale[2] = {load_shared_float2(factors + kValueScaleOffset),
+                                   load_shared_float2(factors + kValueScaleOffset + 32)};
         float v[8];
         unpack(v, v_bits, T{});
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          v[2 * i] *= v_scale[i / 2].x;
-          v[2 * i + 1] *= v_scale[i / 2].y;
-        }
-        wgmma_wait_all();
+        wgmma_wait<0>();
 
         uint32_t w[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = pack_bf16(v[2 * i] + both[2 * i], v[2 * i + 1] + both[2 * i + 1]);
+        for (int i = 0; i < 4; ++i) {
+          w[i] = pack_bf16(fmaf(v[2 * i], v_scale[i / 2].x, both[2 * i]), fmaf(v[2 * i + 1], v_scale[i / 2].y, both[2 * i + 1]));
+        }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) both[i] = 0.f;
+        for (int i = 0; i < 8; ++i) both[i] = __uint_as_float(zero);
         // U and the rest of O.
         wgmma_fence();
-        wgmma_m64n32k16(both, w, k_major_plain(factors + kSolveOffset, 32), 1);
+        wgmma_m64n32k16(both, w, k_major_plain(solve, 32), 1);
         wgmma_commit();
-        const float2 o_scale[2] = {load_shared_float2(factors + kOutputScaleOffset + pair * 4),
-                                   load_shared_float2(factors + kOutputScaleOffset + 32 + pair * 4)};
-        wgmma_wait_all();
+        const float2 o_scale[2] = {load_shared_float2(factors + kOutputScaleOffset),
+                                   load_shared_float2(factors + kOutputScaleOffset + 32)};
+        wgmma_wait<0>();
 
         uint32_t u[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) u[i] = pack_bf16(both[2 * i], both[2 * i + 1]);
         wgmma_fence();
-        wgmma_m64n128k16_n_major(state, u, n_major_128b(stage + kRestOffset, kTileBytes));
+        wgmma_m64n64k16_n_major(state[0], u, n_major_128b(stage + L::kGateOffset));
+        wgmma_commit();
+        wgmma_m64n64k16_n_major(state[1], u, n_major_128b(stage + L::kGateOffset + kTileBytes));
         wgmma_commit();
 
         uint32_t o_bits[4];
@@ -755,22 +913,30 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
         }
         stmatrix_x4_trans(o_matrix, o_bits);
         __syncwarp();
-        const uint4 row = load_shared_uint4(o_row);
-        if (lane / 2 < left) *reinterpret_cast<uint4*>(o) = row;
-        o += o_chunk;
-        wgmma_wait_all();
-#pragma unroll
-        for (int i = 0; i < 32; ++i) copy[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
+        if (left > kChunk) {
+          mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+          float4 d0[4], d1[4];
+          load_decays(0, cursor.stage * kFactorBytes, d0);
+          wgmma_wait<1>();
+          copy_and_decay(0, d0);
+          load_decays(1, cursor.stage * kFactorBytes, d1);
+          wgmma_wait<0>();
+          copy_and_decay(1, d1);
+        } else {
+          wgmma_wait<0>();
+        }
       }
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(empty);
-      mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+      mbarrier_arrive(empty);
     }
-    if (p.final_state) store_state(state, p.final_state + matrix, p.state_v_first, column + lane / 4, pair);
+    store_o();
+    if (p.final_state && (what.w & kToEnd)) store_state(state, p.final_state + matrix, p.state_v_first, column + lane / 4, pair);
+    mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   }
 
   // Rows outside every sequence.
   if (p.cu_seqlens) {
+    wait_for_previous_kernel();
     const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) + workspace_layout(p.sequences).offsets);
     const int64_t pieces = int64_t(p.value_heads) * (kHeadDim / 8);  // of 16 bytes, a row
     uint4* o = static_cast<uint4*>(p.o);
@@ -783,7 +949,44 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
   }
 }
 
-template <typename T, typename G, bool kBounded, int kScans>
+// ---- probe
+
+// In place of the scan: the bounds of the chunks before a segment, one thread.
+template <typename G>
+__device__ void collect(const Arguments& arguments, uint32_t shared, Barriers barriers) {
+  using L = Layout<G, 1>;
+  // What is left of a state 2^-24 times as large as before is below its fp32 rounding.
+  constexpr float kForgotten = 5.9604644775390625e-8f;
+  Cursor<L::kStages> cursor(0);
+  float bounds[kProbedChunks] = {};
+  for (;; cursor.advance(1)) {
+    const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
+    mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+    const uint4 where = load_shared_uint4(factors + kChunkInfoOffset);
+    const uint4 what = load_shared_uint4(factors + kChunkInfoOffset + 16);
+    const int left = int(what.x);
+    if (left == kStop) return;
+#pragma unroll
+    for (int i = kProbedChunks - 1; i > 0; --i) bounds[i] = bounds[i - 1];
+    bounds[0] = load_shared_float(factors + kDecayOffset);
+    mbarrier_arrive(barriers.empty(cursor.stage));
+    if (left > kChunk) continue;
+    // bounds[i] is the chunk i + 1 before the segment; those of fewer than kProbedChunks are 0 from the start or another item's.
+    const int segment = int(what.y);
+    const int chunks = min(kProbedChunks, segment * arguments.segment_chunks);
+    float product = 1.f;
+    int warm_up = 0;
+#pragma unroll
+    for (int i = 0; i < kProbedChunks; ++i) {
+      product *= bounds[i];
+      if (warm_up == 0 && i < chunks && product <= kForgotten) warm_up = i + 1;
+    }
+    arguments.warm_ups[(int(where.w) * arguments.p.value_heads + int(where.z)) * arguments.segments + segment] = warm_up;
+  }
+}
+
+// With kProbe: the same pipeline ahead of the true one, for a few chunks before each segment, to find out which of them forget.
+template <typename T, typename G, bool kBounded, int kScans, bool kProbe>
 __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid_constant__ Arguments arguments) {
   using L = Layout<G, kScans>;
   extern __shared__ uint8_t unaligned[];
@@ -794,51 +997,88 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < L::kStages; ++stage) {
       mbarrier_init(barriers.full(stage), 1);
-      mbarrier_init(barriers.ready(stage), 1);
-      mbarrier_init(barriers.empty(stage), kScans * 4);
+      mbarrier_init(barriers.ready(stage), 32);
+      mbarrier_init(barriers.empty(stage), kProbe ? 1 : kScans * 4 * 32);
     }
     fence_mbarrier_init();
   }
   __syncthreads();
 
+  if constexpr (kProbe) let_next_kernel_begin();
+
   const int warp = threadIdx.x / 32;
   if (warp < kScans * 4) {
     setmaxnreg_increase<L::kScanRegisters>();
-    scan<T, G, kScans>(arguments.p, shared, barriers);
+    if constexpr (kProbe) {
+      if (threadIdx.x == 0) collect<G>(arguments, shared, barriers);
+    } else {
+      scan<T, G, kScans>(arguments.p, shared, barriers);
+    }
   } else {
     setmaxnreg_decrease<L::kTransformRegisters>();
     const int role = warp - kScans * 4;
     if (role < L::kTransformWarps) {
-      transform<T, G, kBounded, kScans>(arguments.p, shared, shared + L::kBias + role * kHeadDim * 4, barriers, role);
+      transform<T, G, kBounded, kScans, kProbe>(arguments.p, shared, shared + L::kBias + role * kHeadDim * 4, barriers, role);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
-      load<G, kScans>(arguments, shared, reinterpret_cast<ChunkInfo*>(base + L::kFactors + kChunkInfoOffset), barriers);
+      load<G, kScans, kProbe>(arguments, shared, reinterpret_cast<ChunkInfo*>(base + L::kFactors + kChunkInfoOffset), barriers);
     }
   }
 }
 
 // ---- host
 
+template <typename T, typename G, bool kBounded, int kScans, bool kProbe>
+cudaError_t launch_grid(const Arguments& arguments, int grid, bool overlap, cudaStream_t stream) {
+  constexpr int kBytes = Layout<G, kScans>::kBytes;
+  const auto kernel = chunk_kda_fwd_kernel<T, G, kBounded, kScans, kProbe>;
+  // Once a device; again does no harm.
+  static std::atomic<uint64_t> devices{0};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = uint64_t(1) << (device % 64);
+  if (device >= 64 || !(devices.load() & bit)) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error != cudaSuccess) return error;
+    devices.fetch_or(bit);
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
 template <typename T, typename G, bool kBounded, int kScans>
-cudaError_t launch(const ChunkKdaFwdParams& p, cudaStream_t stream) {
-  using L = Layout<G, kScans>;
+cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t stream) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  const CUtensorMapDataType type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  constexpr CUtensorMapDataType type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  constexpr CUtensorMapDataType g_type = sizeof(G) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : type;
   Arguments arguments;
   arguments.p = p;
-  const bool encoded =
-      encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride) &&
-      encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride) &&
-      encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride) &&
-      encode_tiles(&arguments.g, p.g, L::kWideGate ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : type, sizeof(G), p.batch, p.tokens,
-                   p.value_heads, p.g_stride);
+  arguments.segments = plan.segments;
+  arguments.segment_chunks = plan.segment_chunks;
+  arguments.warm_ups = plan.segments > 1 ? static_cast<int*>(p.workspace) : nullptr;
+  const bool encoded = encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride) &&
+                       encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride) &&
+                       encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride) &&
+                       encode_tiles(&arguments.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride);
   if (!encoded) return cudaErrorInvalidValue;
 
-  const auto kernel = chunk_kda_fwd_kernel<T, G, kBounded, kScans>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
-  if (error != cudaSuccess) return error;
-  const Plan launch_plan = plan(p.sequences, p.value_heads, p.cu_seqlens != nullptr, p.sm_count);
-  kernel<<<launch_plan.grid, kThreads, L::kBytes, stream>>>(arguments);
-  return cudaGetLastError();
+  if constexpr (kScans == 1) {
+    if (plan.segments > 1) {
+      const cudaError_t error = launch_grid<T, G, kBounded, 1, true>(arguments, plan.probe_grid, false, stream);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  const bool overlap = p.cu_seqlens || plan.segments > 1;  // with the plan, or the probe
+  return launch_grid<T, G, kBounded, kScans, false>(arguments, plan.grid, overlap, stream);
 }
 
 }  // namespace flashkda::chunk_kda_fwd

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/hopper.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 
 namespace flashkda::chunk_kda_fwd {
@@ -26,6 +27,7 @@ template <typename Offset>
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const Offset* cu_seqlens, int sequences, int tokens, char* workspace) {
   __shared__ int warp_values[32];
   __shared__ int starts[kLengthClasses];
+  let_next_kernel_begin();
   const WorkspaceLayout layout = workspace_layout(sequences);
   int* offsets = reinterpret_cast<int*>(workspace + layout.offsets);
   int* order = reinterpret_cast<int*>(workspace + layout.order);

@@ -1,6 +1,6 @@
 #include "sm90/chunk_kda_fwd/kernel.cuh"
 
 namespace flashkda::chunk_kda_fwd {
-template cudaError_t launch<__half, __half, false, 1>(const ChunkKdaFwdParams&, cudaStream_t);
-template cudaError_t launch<__half, __half, false, 2>(const ChunkKdaFwdParams&, cudaStream_t);
+template cudaError_t launch<__half, __half, false, 1>(const ChunkKdaFwdParams&, const Plan&, cudaStream_t);
+template cudaError_t launch<__half, __half, false, 2>(const ChunkKdaFwdParams&, const Plan&, cudaStream_t);
 }  // namespace flashkda::chunk_kda_fwd
