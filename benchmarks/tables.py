@@ -71,6 +71,21 @@ def prefill() -> str:
     return table(header, rows) + source(record)
 
 
+def accuracy() -> str:
+    """A case a row: errors of the output and of the final state, over all and of the worst head."""
+    record = load("accuracy-h100")
+    keys = ("error", "error_worst_head", "state_error", "state_error_worst_head")
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        cells.setdefault(row["shape"], {})[row["impl"]] = row
+    rows = [
+        [case, *(f"{impls['flashkda_ops'][key]:.1e} / {impls['fla'][key]:.1e}" for key in keys)]
+        for case, impls in cells.items()
+    ]
+    header = ["ours / fla's", "o", "o, worst head", "state", "state, worst head"]
+    return table(header, rows) + source(record)
+
+
 def portable() -> str:
     record = load("portable-cpu")
     rows = [
@@ -90,7 +105,7 @@ def example(name: str) -> str:
     return f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text()}```\n"
 
 
-TABLES = {table.__name__: table for table in (prefill, decode, portable, host)}
+TABLES = {table.__name__: table for table in (prefill, decode, accuracy, portable, host)}
 
 
 def fill(match: re.Match[str]) -> str:
