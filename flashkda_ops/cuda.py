@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashkda_ops.options import KdaOptions
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
@@ -124,13 +126,8 @@ def recurrent_kda_paged(
     state_indices: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
+    options: KdaOptions,
     *,
-    scale: float,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    lower_bound: float | None,
     rows_per_warp: int = 0,
 ) -> None:
     """Launches the decode kernel on the current stream; writes o and rows of state_pool.
@@ -143,8 +140,8 @@ def recurrent_kda_paged(
     q, k, g = _loadable(q), _loadable(k), _loadable(g)
     v = _loadable(v, elements=1)
     gate = extension.Gate.precomputed
-    if use_gate_in_kernel:
-        gate = extension.Gate.unbounded if lower_bound is None else extension.Gate.bounded
+    if options.use_gate_in_kernel:
+        gate = extension.Gate.unbounded if options.lower_bound is None else extension.Gate.bounded
         A_log = None if A_log is None else A_log.float().contiguous()
         dt_bias = None if dt_bias is None else _loadable(dt_bias.float().reshape(-1))
     else:
@@ -174,11 +171,11 @@ def recurrent_kda_paged(
             g_dtype=dtypes[g.dtype],
             beta_dtype=dtypes[beta.dtype],
             gate=gate,
-            lower_bound=0.0 if lower_bound is None else lower_bound,
-            scale=scale,
-            qk_l2norm=use_qk_l2norm_in_kernel,
-            beta_sigmoid=use_beta_sigmoid_in_kernel,
-            beta_factor=2.0 if allow_neg_eigval else 1.0,
+            lower_bound=0.0 if options.lower_bound is None else options.lower_bound,
+            scale=options.scale,
+            qk_l2norm=options.use_qk_l2norm_in_kernel,
+            beta_sigmoid=options.use_beta_sigmoid_in_kernel,
+            beta_factor=2.0 if options.allow_neg_eigval else 1.0,
             rows_per_warp=rows_per_warp,
             device=device.index,
             stream=torch.cuda.current_stream(device).cuda_stream,
@@ -273,13 +270,8 @@ def chunk_kda(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    options: KdaOptions,
     *,
-    scale: float,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    lower_bound: float | None,
     state_v_first: bool,
     batch_invariant: bool = False,
 ) -> None:
@@ -295,8 +287,8 @@ def chunk_kda(
     g, g_view = _tma_view(g)
     gate = extension.Gate.precomputed
     A_log_address = dt_bias_address = 0
-    if use_gate_in_kernel:
-        gate = extension.Gate.unbounded if lower_bound is None else extension.Gate.bounded
+    if options.use_gate_in_kernel:
+        gate = extension.Gate.unbounded if options.lower_bound is None else extension.Gate.bounded
         if A_log is not None:
             A_log = _dense_float(A_log)
             A_log_address = A_log.data_ptr()
@@ -345,11 +337,11 @@ def chunk_kda(
             state_v_first=state_v_first,
             one_segment=batch_invariant,
             gate=gate,
-            lower_bound=-1.0 if lower_bound is None else lower_bound,
-            scale=scale,
-            qk_l2norm=use_qk_l2norm_in_kernel,
-            beta_sigmoid=use_beta_sigmoid_in_kernel,
-            beta_factor=2.0 if allow_neg_eigval else 1.0,
+            lower_bound=-1.0 if options.lower_bound is None else options.lower_bound,
+            scale=options.scale,
+            qk_l2norm=options.use_qk_l2norm_in_kernel,
+            beta_sigmoid=options.use_beta_sigmoid_in_kernel,
+            beta_factor=2.0 if options.allow_neg_eigval else 1.0,
             device=device.index,
             stream=torch._C._cuda_getCurrentRawStream(device.index),
         )

@@ -197,11 +197,12 @@ def recurrent_kda(
         A_log = dt_bias = lower_bound = None
     state_v_first = _state_v_first(state_v_first, transpose_state_layout)
     if not torch.compiler.is_compiling():  # the op knows the states as its pool and does not require a row a sequence
-        sizes = validate_tokens(
-            q, k, v, g, beta, A_log, dt_bias, cu_seqlens, use_gate_in_kernel=use_gate_in_kernel,
+        call = _chunk.Arguments(
+            q, k, v, g, beta, A_log, dt_bias, cu_seqlens=cu_seqlens, use_gate_in_kernel=use_gate_in_kernel,
             use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
             lower_bound=lower_bound,
         )  # fmt: skip
+        sizes = validate_tokens(call)
         validate_state("initial_state", initial_state, q, sizes, state_v_first)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:

@@ -23,24 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashkda_ops.options import KdaOptions
 from flashkda_ops.paged import on_rows, read_rows, safe_cu_seqlens, valid_slots, write_rows
 from flashkda_ops.reference import l2norm
 
-__all__ = ["Gradients", "KdaOptions", "chunk_kda", "chunk_kda_backward", "recurrent_kda_paged"]
+__all__ = ["Gradients", "chunk_kda", "chunk_kda_backward", "recurrent_kda_paged"]
 
 CHUNK = 32
-
-
-@dataclass(frozen=True)
-class KdaOptions:
-    """The options of the recurrence that are no tensors (``scale`` resolved)."""
-
-    scale: float
-    use_qk_l2norm_in_kernel: bool = False
-    use_gate_in_kernel: bool = False
-    use_beta_sigmoid_in_kernel: bool = False
-    allow_neg_eigval: bool = False
-    lower_bound: float | None = None
 
 
 class Gradients(NamedTuple):

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashkda_ops.options import Call
+
 CHECK_VALUES = os.environ.get("FLASHKDA_CHECK", "0") not in ("", "0")
 """Whether eager calls check the values of index tensors on the host (``FLASHKDA_CHECK=1``)."""
 
@@ -80,22 +82,9 @@ def state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def validate_tokens(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    lower_bound: float | None,
-) -> Sizes:
+def validate_tokens(call: Call) -> Sizes:
     """Check what all four ops have in common; returns the sizes of the call."""
+    q, k, v, g, beta, cu_seqlens = call.q, call.k, call.v, call.g, call.beta, call.cu_seqlens
     for name, x in (("q", q), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, T, heads, head dim], got shape {_sizes(x.shape)}")
@@ -121,8 +110,8 @@ def validate_tokens(
         require_dtype(name, x, wide, q)
         require_device(name, x, q)
 
-    _validate_gate(q, A_log, dt_bias, HV, K, use_gate_in_kernel, lower_bound)
-    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+    _validate_gate(call, HV, K)
+    if call.allow_neg_eigval and not call.use_beta_sigmoid_in_kernel:
         raise ValueError("allow_neg_eigval=True requires use_beta_sigmoid_in_kernel=True")
     if cu_seqlens is None:
         return Sizes(B, T, H, HV, K, V, B)
@@ -136,18 +125,10 @@ def validate_tokens(
     return Sizes(B, T, H, HV, K, V, entries - 1)
 
 
-def _validate_gate(
-    q: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    HV: int,
-    K: int,
-    use_gate_in_kernel: bool,
-    lower_bound: float | None,
-) -> None:
-    given = (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound))
-    if not use_gate_in_kernel:
-        for name, value in given:
+def _validate_gate(call: Call, HV: int, K: int) -> None:
+    q, A_log, dt_bias, lower_bound = call.q, call.A_log, call.dt_bias, call.lower_bound
+    if not call.use_gate_in_kernel:
+        for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if value is not None:
                 raise ValueError(f"{name} must be None with use_gate_in_kernel=False: g is the log decay itself")
         return

@@ -14,6 +14,7 @@ from helpers import BETAS, GATES, TOKENS, Call, error, make_call, output_error, 
 from torch import Tensor, nn
 
 from flashkda_ops import chunk_kda, cuda, recurrent_kda_paged
+from flashkda_ops.options import KdaOptions
 
 pytestmark = pytest.mark.gpu
 
@@ -168,9 +169,9 @@ def test_a_sequence_has_the_same_bits_in_any_batch() -> None:
 def test_the_split_of_work_changes_no_bit(rows_per_warp: int) -> None:
     call = decode_call(9)
     again, o = cloned(call), torch.empty_like(call["v"])
-    options = inspect.signature(cuda.recurrent_kda_paged).parameters
-    given = {name: again.get(name) for name in options if name in INPUTS or name in again}
-    cuda.recurrent_kda_paged(o, **given, scale=D**-0.5, rows_per_warp=rows_per_warp)
+    options = KdaOptions(D**-0.5, *(again.get(name, default) for name, default in KdaOptions._field_defaults.items()))
+    given = (again.get(name) for name in INPUTS)
+    cuda.recurrent_kda_paged(o, *given, options, rows_per_warp=rows_per_warp)
     assert same_bits(decode(call), o) and same_bits(call["state_pool"], again["state_pool"])
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from flashkda_ops import portable
-from flashkda_ops.validation import Sizes, require, require_shape, state_shape, validate_state, validate_tokens
+from flashkda_ops.options import KdaOptions
+from flashkda_ops.validation import require, require_shape, validate_state, validate_tokens
 
 __all__ = ["op"]
 
@@ -21,141 +22,75 @@ SCHEMA = (
     "bool batch_invariant, bool[] output_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-_Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+class Arguments(NamedTuple):
+    """The arguments of the schema, in its order."""
+
+    do: Tensor | None
+    dht: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float | None
+    use_qk_l2norm_in_kernel: bool
+    use_gate_in_kernel: bool
+    use_beta_sigmoid_in_kernel: bool
+    allow_neg_eigval: bool
+    lower_bound: float | None
+    state_v_first: bool
+    batch_invariant: bool
+    output_mask: Sequence[bool]
 
 
-def _validate(
-    do: Tensor | None,
-    dht: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    lower_bound: float | None,
-    state_v_first: bool,
-    output_mask: Sequence[bool],
-) -> Sizes:
-    s = validate_tokens(
-        q, k, v, g, beta, A_log, dt_bias, cu_seqlens,
-        use_gate_in_kernel=use_gate_in_kernel, use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-        allow_neg_eigval=allow_neg_eigval, lower_bound=lower_bound,
-    )  # fmt: skip
-    validate_state("initial_state", initial_state, q, s, state_v_first)
-    validate_state("dht", dht, q, s, state_v_first)
+def _validate(a: Arguments) -> None:
+    s = validate_tokens(a)
+    validate_state("initial_state", a.initial_state, a.q, s, a.state_v_first)
+    validate_state("dht", a.dht, a.q, s, a.state_v_first)
+    do, v = a.do, a.v
     if do is not None:
         require_shape("do", do, "B, T, HV, V", s.B, s.T, s.HV, s.V)
         require(do.dtype == v.dtype, lambda: f"do must be {v.dtype} as v is, got {do.dtype}")
         require(do.device == v.device, lambda: f"do must be on {v.device} as v is, got {do.device}")
-    if len(output_mask) != 8:
-        raise ValueError(f"output_mask must have 8 entries, got {len(output_mask)}")
-    for name, x, wanted in zip(
-        ("A_log", "dt_bias", "initial_state"), (A_log, dt_bias, initial_state), output_mask[5:], strict=True
-    ):
-        if wanted and x is None:
+    if len(a.output_mask) != 8:
+        raise ValueError(f"output_mask must have 8 entries, got {len(a.output_mask)}")
+    for name, wanted in zip(("A_log", "dt_bias", "initial_state"), a.output_mask[5:], strict=True):
+        if wanted and getattr(a, name) is None:
             raise ValueError(f"output_mask must not ask for the gradient of {name}, which is None")
-    return s
 
 
-@torch.library.custom_op("flashkda::chunk_kda_backward", mutates_args=(), schema=SCHEMA)
-def op(
-    do: Tensor | None,
-    dht: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    lower_bound: float | None,
-    state_v_first: bool,
-    batch_invariant: bool,
-    output_mask: Sequence[bool],
-) -> _Grads:
-    _validate(
-        do, dht, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first, output_mask,
-    )  # fmt: skip
-    options = portable.KdaOptions(
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        use_qk_l2norm_in_kernel,
-        use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel,
-        allow_neg_eigval,
-        lower_bound,
+def _kept(grads: Sequence[Tensor | None], a: Arguments) -> _Gradients:
+    """The gradients that were asked for, and empty tensors for the others."""
+    q, k, v, g, beta, A_log, dt_bias, initial_state = (
+        grad if wanted and grad is not None else a.q.new_empty(0)
+        for grad, wanted in zip(grads, a.output_mask, strict=True)
     )
-    grads = portable.chunk_kda_backward(
-        do, dht, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options,
-        state_v_first=state_v_first,
-    )  # fmt: skip
-    return _tuple(
-        [
-            grad if wanted and grad is not None else q.new_empty(0)
-            for grad, wanted in zip(grads, output_mask, strict=True)
-        ]
-    )
-
-
-def _tuple(grads: list[Tensor]) -> _Grads:
-    q, k, v, g, beta, A_log, dt_bias, initial_state = grads
     return q, k, v, g, beta, A_log, dt_bias, initial_state
 
 
+@torch.library.custom_op("flashkda::chunk_kda_backward", mutates_args=(), schema=SCHEMA)
+def op(*args: Any) -> _Gradients:
+    a = Arguments(*args)
+    _validate(a)
+    grads = portable.chunk_kda_backward(*a[:11], KdaOptions.of(a), state_v_first=a.state_v_first)
+    return _kept(grads, a)
+
+
 @op.register_fake
-def _fake(
-    do: Tensor | None,
-    dht: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    use_qk_l2norm_in_kernel: bool,
-    use_gate_in_kernel: bool,
-    use_beta_sigmoid_in_kernel: bool,
-    allow_neg_eigval: bool,
-    lower_bound: float | None,
-    state_v_first: bool,
-    batch_invariant: bool,
-    output_mask: Sequence[bool],
-) -> _Grads:
-    s = _validate(
-        do, dht, q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first, output_mask,
-    )  # fmt: skip
-    state = state_shape(s, s.N, state_v_first)
-    inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
-    shapes = [tuple(x.shape) if x is not None else () for x in inputs[:7]] + [state]
-    return _tuple(
-        [
-            x.new_empty(shape) if wanted and x is not None else q.new_empty(0)
-            for x, shape, wanted in zip(inputs, shapes, output_mask, strict=True)
-        ]
-    )
+def _fake(*args: Any) -> _Gradients:
+    a = Arguments(*args)
+    _validate(a)
+    return _kept([None if x is None else x.new_empty(x.shape) for x in a[2:10]], a)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Grads) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Gradients) -> None:
     pass
 
 
