@@ -8,7 +8,6 @@
 #include <cuda_runtime_api.h>
 #include <cutlass/version.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <atomic>
@@ -120,11 +119,13 @@ void set(const void*& base, BatchedStrides& stride, const BatchedView& view) {
   stride = {std::get<1>(view), std::get<2>(view), std::get<3>(view)};
 }
 
-void chunk_kda_forward(const BatchedView& q, const BatchedView& k, const BatchedView& v, const BatchedView& g, const BatchedView& beta,
-                   uintptr_t o, uintptr_t A_log, uintptr_t dt_bias, uintptr_t initial_state, uintptr_t final_state,
-                   uintptr_t cu_seqlens, uintptr_t workspace, int batch, int64_t tokens, int heads, int value_heads, int sequences,
-                   Dtype dtype, Dtype g_dtype, Dtype beta_dtype, bool cu_seqlens_is_64bit, bool state_v_first, bool one_segment, Gate gate,
-                   float lower_bound, float scale, bool qk_l2norm, bool beta_sigmoid, float beta_factor, int device, uintptr_t stream) {
+void chunk_kda_forward(const BatchedView& q, const BatchedView& k, const BatchedView& v, const BatchedView& g,
+                       const BatchedView& beta, uintptr_t o, uintptr_t A_log, uintptr_t dt_bias,
+                       uintptr_t initial_state, uintptr_t final_state, uintptr_t cu_seqlens, uintptr_t workspace,
+                       int batch, int64_t tokens, int heads, int value_heads, int sequences, Dtype dtype, Dtype g_dtype,
+                       Dtype beta_dtype, bool cu_seqlens_is_64bit, bool state_v_first, bool one_segment, Gate gate,
+                       float lower_bound, float scale, bool qk_l2norm, bool beta_sigmoid, float beta_factor, int device,
+                       uintptr_t stream) {
   ChunkKdaFwdParams p = {};
   set(p.q, p.q_stride, q);
   set(p.k, p.k_stride, k);
@@ -198,8 +199,9 @@ PYBIND11_MODULE(_C, m) {
         "beta_sigmoid"_a, "beta_factor"_a, "rows_per_warp"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_fwd_workspace_bytes", &flashkda::chunk_kda_fwd_workspace_bytes, "sequences"_a, "value_heads"_a,
         "tokens"_a, "has_cu_seqlens"_a, "one_segment"_a, "sm_count"_a);
-  m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, py::kw_only(), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "o"_a, "A_log"_a, "dt_bias"_a,
-        "initial_state"_a, "final_state"_a, "cu_seqlens"_a, "workspace"_a, "batch"_a, "tokens"_a, "heads"_a, "value_heads"_a,
-        "sequences"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "cu_seqlens_is_64bit"_a, "state_v_first"_a, "one_segment"_a, "gate"_a,
-        "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a, "device"_a, "stream"_a);
+  m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, py::kw_only(), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "o"_a,
+        "A_log"_a, "dt_bias"_a, "initial_state"_a, "final_state"_a, "cu_seqlens"_a, "workspace"_a, "batch"_a,
+        "tokens"_a, "heads"_a, "value_heads"_a, "sequences"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a,
+        "cu_seqlens_is_64bit"_a, "state_v_first"_a, "one_segment"_a, "gate"_a, "lower_bound"_a, "scale"_a,
+        "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a, "device"_a, "stream"_a);
 }

@@ -65,7 +65,8 @@ struct BatchedStrides {
   int64_t head;
 };
 
-// Whole sequences: every row of the batch is one, or cu_seqlens cuts the only row of the batch into `sequences` of them.
+// Whole sequences: every row of the batch is one, or cu_seqlens cuts the only row of the batch into `sequences` of
+// them.
 struct ChunkKdaFwdParams {
   const void* q;               // [batch, tokens, heads, 128]        dtype
   const void* k;               // [batch, tokens, heads, 128]        dtype

@@ -16,7 +16,8 @@ template <typename T, typename G, bool kBounded>
 cudaError_t launch_scans(const ChunkKdaFwdParams& p, cudaStream_t stream) {
   const chunk_kda_fwd::Plan plan =
       chunk_kda_fwd::plan(p.sequences, p.value_heads, p.tokens, p.cu_seqlens != nullptr, p.one_segment, p.sm_count);
-  return plan.scans == 1 ? chunk_kda_fwd::launch<T, G, kBounded, 1>(p, plan, stream) : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, plan, stream);
+  return plan.scans == 1 ? chunk_kda_fwd::launch<T, G, kBounded, 1>(p, plan, stream)
+                         : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, plan, stream);
 }
 
 template <typename T, typename G>
@@ -31,19 +32,22 @@ cudaError_t launch_dtype(const ChunkKdaFwdParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment,
-                                     int sm_count) {
+size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens,
+                                     bool one_segment, int sm_count) {
   return chunk_kda_fwd::plan(sequences, value_heads, tokens, has_cu_seqlens, one_segment, sm_count).workspace_bytes;
 }
 
 cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& p, cudaStream_t stream) {
-  if (p.dtype == Dtype::kFloat32 || (p.g_dtype != p.dtype && p.g_dtype != Dtype::kFloat32)) return cudaErrorInvalidValue;
+  if (p.dtype == Dtype::kFloat32 || (p.g_dtype != p.dtype && p.g_dtype != Dtype::kFloat32))
+    return cudaErrorInvalidValue;
   if (p.cu_seqlens) {
     char* workspace = static_cast<char*>(p.workspace);
     if (p.cu_seqlens_is_64bit) {
-      plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, int(p.tokens), workspace);
+      plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, int(p.tokens),
+                                                  workspace);
     } else {
-      plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, int(p.tokens), workspace);
+      plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, int(p.tokens),
+                                                  workspace);
     }
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;

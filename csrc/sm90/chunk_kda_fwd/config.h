@@ -18,7 +18,7 @@ struct Plan {
   int segments;        // of each sequence
   int segment_chunks;  // chunks of a segment; the last one may have fewer
   int grid;
-  int probe_grid;      // 0 where there is one segment
+  int probe_grid;  // 0 where there is one segment
   size_t workspace_bytes;
 };
 

@@ -1,28 +1,32 @@
-// Chunked KDA forward for Hopper: one block a multiprocessor, one (sequence, value head) or a part of one at a time, 16 tokens a chunk.
+// Chunked KDA forward for Hopper: one block a multiprocessor, one (sequence, value head) or a part of one at a time, 16
+// tokens a chunk.
 //
 // A ring of shared-memory stages, one a chunk, passes through three roles:
 //
-//   loader      (1 thread)       takes work items and has TMA bring q, k, g, v of their chunks, as many ahead as there are stages
-//   transform   (7 or 11 warps)  a warp owns a chunk: it turns q, k, g in place into Qd, Kd, Kr, and solves the 16x16 system
-//   scan        (1 or 2          64 rows of V each: carries the fp32 state through the chunks in registers, writes o
-//                warpgroups)
+//   loader     (1 thread)           takes work items and has TMA bring q, k, g, v of their chunks, as many ahead as
+//                                   there are stages
+//   transform  (7 or 11 warps)      a warp owns a chunk: it turns q, k, g in place into Qd, Kd, Kr, and solves the
+//                                   16x16 system
+//   scan       (1 or 2 warpgroups)  64 rows of V each: carries the fp32 state through the chunks in registers, writes o
 //
-// With G the cumulative log decay inside the chunk, d = diag(exp(G_last)), n_k and n_q the norms that q and k are divided by (1
-// without normalisation), and k, q raw, the scan computes
+// With G the cumulative log decay inside the chunk, d = diag(exp(G_last)), n_k and n_q the norms that q and k are
+// divided by (1 without normalisation), and k, q raw, the scan computes
 //
 //   W  = V n_k - Kd S^T                  Kd = k exp(G)
 //   U  = AU W                            AU = n_k^-1 (I + L)^-1 diag(beta) n_k^-1
 //   O  = (Qd S^T + PA W) scale / n_q     PA = lower(Qd Ki^T) AU            Qd = q exp(G), Ki = k exp(-G)
 //   S' = S d + U^T Kr                    Kr = k exp(G_last - G)
 //
-// so that normalisation costs nothing an element: it is in AU, PA and one factor a token on V and O. Everything is transposed
-// (rows of V are rows of the products, tokens are columns), which keeps S in accumulators whose bf16 copy is already an A operand.
+// so that normalisation costs nothing an element: it is in AU, PA and one factor a token on V and O. Everything is
+// transposed (rows of V are rows of the products, tokens are columns), which keeps S in accumulators whose bf16 copy is
+// already an A operand.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <cutlass/arch/reg_reconfig.h>
 
 #include <atomic>
 #include <cstring>
@@ -38,7 +42,8 @@ namespace flashkda::chunk_kda_fwd {
 
 constexpr int kThreads = 512;
 
-// A tile is [16 tokens][64 channels] of 16 bits, rows of 128 bytes in the 128-byte swizzle; q, k, g and v are two tiles each.
+// A tile is [16 tokens][64 channels] of 16 bits, rows of 128 bytes in the 128-byte swizzle; q, k, g and v are two tiles
+// each.
 constexpr int kTileBytes = 2048;
 
 // Of a stage. K and Q alternate so that a 32-row operand of 64 channels is contiguous.
@@ -48,8 +53,8 @@ constexpr int kValueOffset = 8192;  // v: a tile for each scan
 // Behind v: g, then Kr in its first two tiles. With 32 bits g has four tiles, of 32 channels.
 
 // Of the factors of a chunk that are not tiles.
-constexpr int kSolveOffset = 0;        // bf16 [2][32][8]: rows of AU, then of PA; scratch before that
-constexpr int kDecayOffset = 1024;     // fp32 [128]: d, in the order a scan thread reads it
+constexpr int kSolveOffset = 0;           // bf16 [2][32][8]: rows of AU, then of PA; scratch before that
+constexpr int kDecayOffset = 1024;        // fp32 [128]: d, in the order a scan thread reads it
 constexpr int kValueScaleOffset = 1536;   // fp32 [16]
 constexpr int kOutputScaleOffset = 1600;  // fp32 [16]
 constexpr int kColumnScaleOffset = 1664;  // fp32 [16]
@@ -83,8 +88,9 @@ struct Arguments {
   ChunkKdaFwdParams p;
   int segments;
   int segment_chunks;
-  // [sequences, value_heads, segments], where there are several: chunks before the segment from which a state of zero is as good as
-  // the true one, or 0 where there are none within reach and the segment belongs to the run before it. From the probe.
+  // [sequences, value_heads, segments], where there are several: chunks before the segment from which a state of zero
+  // is as good as the true one, or 0 where there are none within reach and the segment belongs to the run before it.
+  // From the probe.
   int* warm_ups;
 };
 
@@ -102,8 +108,8 @@ struct ChunkInfo {
 constexpr int kStop = -1;
 constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; ends with it
 
-// The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a chunk, so the
-// lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.
+// The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
+// chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.
 template <bool kBounded>
 constexpr float kLift = kBounded ? 58.f : 0.f;
 // Gates wait for their sums as fp16, in units where the largest decay just fits and the smallest keeps its 11 bits.
@@ -116,7 +122,8 @@ constexpr float kLowestLogDecay = -10.f;
 //   full   the loader's thread and TMA's bytes        -> the transform warp
 //   ready  the transform warp, every lane             -> scan warps
 //   empty  the scan warps, every lane                 -> the loader
-// One lane could arrive for its warp behind a __syncwarp; every lane arriving costs no time, and race detectors follow it.
+// One lane could arrive for its warp behind a __syncwarp; every lane arriving costs no time, and race detectors follow
+// it.
 struct Barriers {
   uint32_t base;
   int stages;
@@ -275,7 +282,7 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
     return reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(info_base) + cursor.stage * kFactorBytes);
   };
 
-  wait_for_previous_kernel();  // the plan, or the probe
+  cudaGridDependencySynchronize();  // the plan, or the probe
   // Sequences of a dense batch are equally long, so dealing them round is as good as tickets.
   for (int index = blockIdx.x, next; index < items; index = next) {
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
@@ -285,7 +292,7 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
     const int head = item.value_head / group;
     if (!kProbe && p.initial_state && (item.flags & kFromStart) && first_half == 0) {
       const int64_t state = (int64_t(item.sequence) * p.value_heads + item.value_head) * (kHeadDim * kHeadDim);
-      bulk_prefetch_l2(p.initial_state + state, kHeadDim * kHeadDim * 4);
+      cute::SM90_BULK_COPY_G2S::PREFETCH::copy(p.initial_state + state, kHeadDim * kHeadDim * 4);
     }
     const int chunks = item.length > 0 ? (item.length + kChunk - 1) / kChunk : 1;
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -318,8 +325,8 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
         } else {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            tma_load_4d(stage + L::kGateOffset + half * kTileBytes, &arguments.g, full, half * 64, token, item.value_head,
-                        item.batch);
+            tma_load_4d(stage + L::kGateOffset + half * kTileBytes, &arguments.g, full, half * 64, token,
+                        item.value_head, item.batch);
           }
         }
 #pragma unroll
@@ -350,7 +357,8 @@ struct GateFunction {
   float factor;
   float inverse;
 
-  __device__ GateFunction(const ChunkKdaFwdParams& p) : mode(p.gate), factor(0.f), inverse(1.f / (p.lower_bound * kLog2e * kGateUnit)) {}
+  __device__ GateFunction(const ChunkKdaFwdParams& p)
+      : mode(p.gate), factor(0.f), inverse(1.f / (p.lower_bound * kLog2e * kGateUnit)) {}
 
   template <bool kBounded>
   __device__ __forceinline__ void set_head(const ChunkKdaFwdParams& p, int value_head) {
@@ -368,8 +376,7 @@ struct GateFunction {
       if (mode == Gate::kPrecomputed) return fmaxf(g * (kLog2e * kGateUnit), kLowest);
       const float x = g + bias;
       const float e = ex2(-fabsf(x) * kLog2e);
-      float log1p;
-      asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log1p) : "f"(1.f + e));
+      float log1p = lg2(1.f + e);
       // 1 + e loses the low bits of a small e, which are all there is of a slow gate.
       log1p = e < 0.015625f ? fmaf(fmaf(e, 0.33333333f, -0.5f) * e, e, e) : log1p * 0.69314718f;
       return fmaxf((fmaxf(x, 0.f) + log1p) * factor, kLowest);
@@ -378,11 +385,12 @@ struct GateFunction {
 };
 
 template <typename T, typename G, bool kBounded, int kScans, bool kProbe>
-__device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers, int warp) {
+__device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
+                          int warp) {
   using L = Layout<G, kScans>;
   const int lane = threadIdx.x % 32;
-  const int row = lane / 4;         // and row + 8: tokens of this thread's fragments
-  const int pair = lane % 4 * 2;    // and pair + 1, + 8, + 9: its channels, or tokens where those are summed over
+  const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
+  const int pair = lane % 4 * 2;  // and pair + 1, + 8, + 9: its channels, or tokens where those are summed over
   constexpr float lift = kLift<kBounded>;
   const float up_scale = power_of_two(int(lift)), down_scale = power_of_two(-int(lift));
 
@@ -390,8 +398,8 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
   const int matrix_row = lane % 16;
   const uint32_t matrix_address = matrix_row * 128 + (uint32_t((lane / 16) ^ (matrix_row % 8)) << 4);
 
-  // sum_matrix[t][s] makes sums of gates: over s <= t, or where the gate is not bounded over 7 < s <= t less t < s <= 7, so that
-  // neither exponential of a sum overflows.
+  // sum_matrix[t][s] makes sums of gates: over s <= t, or where the gate is not bounded over 7 < s <= t less t < s <=
+  // 7, so that neither exponential of a sum overflows.
   constexpr uint32_t one_low = kInverseGateUnitFp16, one_high = kInverseGateUnitFp16 << 16;
   constexpr uint32_t ones = one_low | one_high;
   const uint32_t upto = (pair <= row ? one_low : 0) | (pair + 1 <= row ? one_high : 0);
@@ -407,8 +415,8 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
-    const uint4 where = load_shared_uint4(factors + kChunkInfoOffset);
-    const int left = load_shared_int(factors + kChunkInfoOffset + 16);
+    const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
+    const int left = load_shared<int>(factors + kChunkInfoOffset + 16);
     if (left <= 0) {  // an empty sequence, or the end
       __syncwarp();
       mbarrier_arrive(barriers.ready(cursor.stage));
@@ -433,20 +441,20 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       for (int i = 0; i < kHeadDim / 32; ++i) {
         const int channel = lane + 32 * i;
         const float bias = p.dt_bias ? p.dt_bias[int64_t(value_head) * kHeadDim + channel] : 0.f;
-        store_shared_float(bias_address + channel * 4, bias * factor);
+        store_shared(bias_address + channel * 4, bias * factor);
       }
       __syncwarp();
     }
 
-    // Rows past the end are another sequence's, or padding that may hold NaN: nothing of them may enter a product. A gate of zero
-    // may still decay, so its tokens leave the sums as well.
+    // Rows past the end are another sequence's, or padding that may hold NaN: nothing of them may enter a product. A
+    // gate of zero may still decay, so its tokens leave the sums as well.
     uint32_t sum_matrix[4] = {whole_sum_matrix[0], whole_sum_matrix[1], 0u, whole_sum_matrix[2]};
     uint32_t reference_matrix[4] = {ones, ones, 0u, 0u};
     if (valid < kChunk) {
 #pragma unroll
       for (int tile = 0; tile < L::kStageBytes / kTileBytes; ++tile) {
         for (int i = lane; i < (kChunk - valid) * 8; i += 32) {
-          store_shared_uint4(stage + tile * kTileBytes + valid * 128 + i * 16, make_uint4(0, 0, 0, 0));
+          store_shared(stage + tile * kTileBytes + valid * 128 + i * 16, make_uint4(0, 0, 0, 0));
         }
       }
       const uint32_t early = (pair < valid ? 0xffffu : 0u) | (pair + 1 < valid ? 0xffff0000u : 0u);
@@ -460,12 +468,12 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
     }
 
     float l_left[4] = {}, p_left[4] = {};  // columns 0 to 7 of Kd Ki^T and Qd Ki^T
-    float right[4] = {};                   // columns 8 to 15 of their rows 8 to 15, which are all that is needed of those
+    float right[4] = {};  // columns 8 to 15 of their rows 8 to 15, which are all that is needed of those
     float k_squares[2] = {}, q_squares[2] = {};
     float largest_decay = 0.f, kd_squares[2] = {}, kr_squares[2] = {};  // for a probe's bound
 
-    // Gates of a slice of 16 channels, with tokens where a product sums: gates[0] holds tokens pair and pair + 1 of channel row,
-    // gates[1] tokens + 8, gates[2] and [3] the same of channel row + 8.
+    // Gates of a slice of 16 channels, with tokens where a product sums: gates[0] holds tokens pair and pair + 1 of
+    // channel row, gates[1] tokens + 8, gates[2] and [3] the same of channel row + 8.
     const auto load_gates = [&](int slice, uint32_t (&gates)[4]) {
       float g[8];
       if constexpr (L::kWideGate) {
@@ -473,16 +481,17 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
         for (int i = 0; i < 8; ++i) {
           const int token = pair + i % 2 + i / 2 % 2 * 8;
           const int chunk = slice % 2 * 4 + i / 4 * 2 + row / 4;
-          g[i] = load_shared_float(stage + L::kGateOffset + slice / 2 * kTileBytes + token * 128 + ((chunk ^ (token % 8)) << 4) +
-                                   row % 4 * 4);
+          g[i] = load_shared<float>(stage + L::kGateOffset + slice / 2 * kTileBytes + token * 128 +
+                                    ((chunk ^ (token % 8)) << 4) + row % 4 * 4);
         }
       } else {
         uint32_t bits[4];
-        ldmatrix_x4_trans(bits, stage + L::kGateOffset + slice / 4 * kTileBytes + (matrix_address ^ uint32_t(slice % 4 * 32)));
+        ldmatrix_x4_trans(
+            bits, stage + L::kGateOffset + slice / 4 * kTileBytes + (matrix_address ^ uint32_t(slice % 4 * 32)));
         unpack(g, bits, T{});
       }
-      const float bias_low = load_shared_float(bias_address + (slice * 16 + row) * 4);
-      const float bias_high = load_shared_float(bias_address + (slice * 16 + 8 + row) * 4);
+      const float bias_low = load_shared<float>(bias_address + (slice * 16 + row) * 4);
+      const float bias_high = load_shared<float>(bias_address + (slice * 16 + 8 + row) * 4);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float bias = i < 2 ? bias_low : bias_high;
@@ -491,10 +500,10 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       }
     };
 
-    const auto transform_slice = [&](int slice, const uint32_t (&gates)[4], const uint32_t (&k_bits)[4], const uint32_t (&q_bits)[4],
-                                     uint32_t k_address) {
-      // Sums of gates, with channels where a product sums: sums[half] rows row, row, row + 8, row + 8; channels pair and pair + 1 of
-      // a half.
+    const auto transform_slice = [&](int slice, const uint32_t (&gates)[4], const uint32_t (&k_bits)[4],
+                                     const uint32_t (&q_bits)[4], uint32_t k_address) {
+      // Sums of gates, with channels where a product sums: sums[half] rows row, row, row + 8, row + 8; channels pair
+      // and pair + 1 of a half.
       float sums[2][4];
       mma_fp16(sums[0], sum_matrix, gates[0], gates[1], lifts);
       mma_fp16(sums[1], sum_matrix, gates[2], gates[3], lifts);
@@ -568,11 +577,13 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       stmatrix_x4(k_address + kQueryOffset, qd);
       stmatrix_x4(k_address - slice / 4 * kTileBytes + L::kGateOffset, kr);
       if (lane >= 28) {
-        store_shared_float4(factors + kDecayOffset + (slice * 4 + lane % 4) * 16, make_float4(last[0], last[1], last[2], last[3]));
+        store_shared(factors + kDecayOffset + (slice * 4 + lane % 4) * 16,
+                     make_float4(last[0], last[1], last[2], last[3]));
       }
     };
 
-    // Slices at a time. Kr of two slices covers what g of the first took where g has 32 bits, so both slices' gates come first.
+    // Slices at a time. Kr of two slices covers what g of the first took where g has 32 bits, so both slices' gates
+    // come first.
     constexpr int kTogether = L::kWideGate ? 2 : 1;
 #pragma unroll 1
     for (int first = 0; first < kHeadDim / 16; first += kTogether) {
@@ -624,14 +635,15 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t token = (row + 8 * i) * 4;
-        store_shared_float(factors + kValueScaleOffset + token, kProbe ? sqrtf(kd_squares[i]) : k_norm[i] * up_scale);
-        store_shared_float(factors + kOutputScaleOffset + token, q_inverse_norm[i] * down_scale * p.scale);
-        store_shared_float(factors + kColumnScaleOffset + token, row_beta[i] * k_inverse_norm[i] * down_scale);
+        store_shared(factors + kValueScaleOffset + token, kProbe ? sqrtf(kd_squares[i]) : k_norm[i] * up_scale);
+        store_shared(factors + kOutputScaleOffset + token, q_inverse_norm[i] * down_scale * p.scale);
+        store_shared(factors + kColumnScaleOffset + token, row_beta[i] * k_inverse_norm[i] * down_scale);
       }
     }
 
-    // Both systems X (I + L) = R at once: lane t < 16 has row t of diag(1/n_k), lane 16 + t row t of P diag(1/n_k), and as X they
-    // hold rows of AU and PA but for the scale a column. Rows of P travel through the scratch first, then L stays there.
+    // Both systems X (I + L) = R at once: lane t < 16 has row t of diag(1/n_k), lane 16 + t row t of P diag(1/n_k), and
+    // as X they hold rows of AU and PA but for the scale a column. Rows of P travel through the scratch first, then L
+    // stays there.
     const uint32_t scratch = factors + kSolveOffset;
     const bool low0 = pair < row, low1 = pair + 1 < row;
     {
@@ -639,11 +651,12 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       float c[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[i] = column_norm[i] * up_scale;
-      store_shared_float2(scratch + row * 64 + pair * 4, diagonal0 ? p_left[0] * c[0] : 0.f, diagonal1 ? p_left[1] * c[1] : 0.f);
-      store_shared_float2(scratch + row * 64 + 32 + pair * 4, 0.f, 0.f);
-      store_shared_float2(scratch + (row + 8) * 64 + pair * 4, p_left[2] * c[0], p_left[3] * c[1]);
-      store_shared_float2(scratch + (row + 8) * 64 + 32 + pair * 4, diagonal0 ? right[2] * c[2] : 0.f,
-                          diagonal1 ? right[3] * c[3] : 0.f);
+      store_shared(scratch + row * 64 + pair * 4,
+                   make_float2(diagonal0 ? p_left[0] * c[0] : 0.f, diagonal1 ? p_left[1] * c[1] : 0.f));
+      store_shared(scratch + row * 64 + 32 + pair * 4, make_float2(0.f, 0.f));
+      store_shared(scratch + (row + 8) * 64 + pair * 4, make_float2(p_left[2] * c[0], p_left[3] * c[1]));
+      store_shared(scratch + (row + 8) * 64 + 32 + pair * 4,
+                   make_float2(diagonal0 ? right[2] * c[2] : 0.f, diagonal1 ? right[3] * c[3] : 0.f));
     }
     __syncwarp();
     float x[16];
@@ -654,7 +667,7 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       const float inverse_norm = t < 8 ? from_low : from_high;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float4 v = load_shared_float4(scratch + t * 64 + i * 16);
+        const float4 v = load_shared<float4>(scratch + t * 64 + i * 16);
         const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) x[4 * i + j] = lane >= 16 ? values[j] : (4 * i + j == t ? inverse_norm : 0.f);
@@ -666,19 +679,20 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       float r[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) r[i] = row_beta[i] * k_inverse_norm[i];
-      store_shared_float2(scratch + row * 64 + pair * 4, low0 ? l_left[0] * r[0] * column_norm[0] : 0.f,
-                          low1 ? l_left[1] * r[0] * column_norm[1] : 0.f);
-      store_shared_float2(scratch + (row + 8) * 64 + pair * 4, l_left[2] * r[1] * column_norm[0],
-                          l_left[3] * r[1] * column_norm[1]);
-      store_shared_float2(scratch + (row + 8) * 64 + 32 + pair * 4, low0 ? right[0] * r[1] * column_norm[2] : 0.f,
-                          low1 ? right[1] * r[1] * column_norm[3] : 0.f);
+      store_shared(scratch + row * 64 + pair * 4, make_float2(low0 ? l_left[0] * r[0] * column_norm[0] : 0.f,
+                                                              low1 ? l_left[1] * r[0] * column_norm[1] : 0.f));
+      store_shared(scratch + (row + 8) * 64 + pair * 4,
+                   make_float2(l_left[2] * r[1] * column_norm[0], l_left[3] * r[1] * column_norm[1]));
+      store_shared(
+          scratch + (row + 8) * 64 + 32 + pair * 4,
+          make_float2(low0 ? right[0] * r[1] * column_norm[2] : 0.f, low1 ? right[1] * r[1] * column_norm[3] : 0.f));
     }
     __syncwarp();
 #pragma unroll
     for (int s = 15; s > 0; --s) {
 #pragma unroll
       for (int i = 0; i < (s + 3) / 4; ++i) {
-        const float4 v = load_shared_float4(scratch + s * 64 + i * 16);
+        const float4 v = load_shared<float4>(scratch + s * 64 + i * 16);
         const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -694,8 +708,8 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
       float sum = 0.f;
 #pragma unroll
       for (int s = 0; s < 16; ++s) {
-        const float column = load_shared_float(factors + kColumnScaleOffset + s * 4) * up_scale;
-        sum = fmaf(fabsf(x[s] * column), load_shared_float(factors + kValueScaleOffset + s * 4), sum);
+        const float column = load_shared<float>(factors + kColumnScaleOffset + s * 4) * up_scale;
+        sum = fmaf(fabsf(x[s] * column), load_shared<float>(factors + kValueScaleOffset + s * 4), sum);
       }
       sum = lane < 16 ? sum * sqrtf(lane < 8 ? kr_low : kr_high) : 0.f;
 #pragma unroll
@@ -704,20 +718,20 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
         largest_decay = fmaxf(largest_decay, __shfl_xor_sync(0xffffffffu, largest_decay, offset));
       }
       __syncwarp();
-      if (lane == 0) store_shared_float(factors + kDecayOffset, 1.02f * (largest_decay + sum));
+      if (lane == 0) store_shared(factors + kDecayOffset, 1.02f * (largest_decay + sum));
     }
     uint32_t packed[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float4 v = load_shared_float4(factors + kColumnScaleOffset + i * 16);
+      const float4 v = load_shared<float4>(factors + kColumnScaleOffset + i * 16);
       packed[2 * i] = pack_bf16(x[4 * i] * v.x, x[4 * i + 1] * v.y);
       packed[2 * i + 1] = pack_bf16(x[4 * i + 2] * v.z, x[4 * i + 3] * v.w);
     }
     __syncwarp();
-    store_shared_uint4(scratch + lane * 16, make_uint4(packed[0], packed[1], packed[2], packed[3]));
-    store_shared_uint4(scratch + 512 + lane * 16, make_uint4(packed[4], packed[5], packed[6], packed[7]));
+    store_shared(scratch + lane * 16, make_uint4(packed[0], packed[1], packed[2], packed[3]));
+    store_shared(scratch + 512 + lane * 16, make_uint4(packed[4], packed[5], packed[6], packed[7]));
 
-    fence_proxy_async_shared();
+    cutlass::arch::fence_view_async_shared();
     __syncwarp();
     mbarrier_arrive(barriers.ready(cursor.stage));
   }
@@ -725,9 +739,10 @@ __device__ void transform(const ChunkKdaFwdParams& p, uint32_t shared, uint32_t 
 
 // ---- scan
 
-// A thread holds rows `row` and `row + 8` of its warp's 16, columns 8 j + pair and + 1: element 4 j + 2 i + e is row + 8 i,
-// pair + e of column block j.
-__device__ __forceinline__ void load_state(float (&state)[2][32], const float* matrix, bool v_first, int row, int pair) {
+// A thread holds rows `row` and `row + 8` of its warp's 16, columns 8 j + pair and + 1: element 4 j + 2 i + e is row +
+// 8 i, pair + e of column block j.
+__device__ __forceinline__ void load_state(float (&state)[2][32], const float* matrix, bool v_first, int row,
+                                           int pair) {
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
 #pragma unroll
@@ -746,7 +761,8 @@ __device__ __forceinline__ void load_state(float (&state)[2][32], const float* m
   }
 }
 
-__device__ __forceinline__ void store_state(const float (&state)[2][32], float* matrix, bool v_first, int row, int pair) {
+__device__ __forceinline__ void store_state(const float (&state)[2][32], float* matrix, bool v_first, int row,
+                                            int pair) {
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
 #pragma unroll
@@ -766,12 +782,15 @@ __device__ __forceinline__ void store_state(const float (&state)[2][32], float* 
 template <typename T, typename G, int kScans>
 __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barriers) {
   using L = Layout<G, kScans>;
+  using cute::SM90::GMMA::Major;
+  using cute::SM90::GMMA::ScaleOut;
   const int warpgroup = threadIdx.x / 128;
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
   const int pair = lane % 4 * 2;
 
-  // This warp's 16 tokens x 16 columns of the v tile, for transposing ldmatrix; the same of o, for stmatrix and for reading rows.
+  // This warp's 16 tokens x 16 columns of the v tile, for transposing ldmatrix; the same of o, for stmatrix and for
+  // reading rows.
   const int matrix_token = lane % 8 + lane / 16 * 8;
   uint32_t v_matrix = shared + kValueOffset + warpgroup * kTileBytes + matrix_token * 128 +
                       ((uint32_t(warp * 2 + lane / 8 % 2) ^ (matrix_token % 8)) << 4);
@@ -797,8 +816,8 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
   mbarrier_wait(barriers.ready(0), 0);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
-    const uint4 where = load_shared_uint4(info);
-    const uint4 what = load_shared_uint4(info + 16);
+    const uint4 where = load_shared<uint4>(info);
+    const uint4 what = load_shared<uint4>(info + 16);
     const int length = int(what.x);
     if (length == kStop) break;
     const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first
@@ -810,14 +829,14 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
       for (int i = 0; i < 64; ++i) state[i / 32][i % 32] = 0.f;
     }
 
-    // The bf16 copy of half of K that the next chunk multiplies with, and that chunk's decay. Both are done as soon as the half is
-    // known and its chunk ready, beside the products of the other half.
+    // The bf16 copy of half of K that the next chunk multiplies with, and that chunk's decay. Both are done as soon as
+    // the half is known and its chunk ready, beside the products of the other half.
     uint32_t copy[32];
-    const auto load_decays = [&](int half, uint32_t factor_bytes, float4 (&d)[4]) {
+    const auto load_decays = [&](int half, uint32_t factor_bytes, float4(&d)[4]) {
 #pragma unroll
-      for (int m = 0; m < 4; ++m) d[m] = load_shared_float4(pair_decays + factor_bytes + half * 256 + m * 64);
+      for (int m = 0; m < 4; ++m) d[m] = load_shared<float4>(pair_decays + factor_bytes + half * 256 + m * 64);
     };
-    const auto copy_and_decay = [&](int half, const float4 (&d)[4]) {
+    const auto copy_and_decay = [&](int half, const float4(&d)[4]) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         float* s = &state[half][8 * m];
@@ -846,7 +865,7 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
            ((int64_t(where.y) * p.tokens + where.x + lane / 2 - kChunk) * p.value_heads + where.z) * kHeadDim;
     bool o_waits = false;
     const auto store_o = [&] {
-      const uint4 row = load_shared_uint4(o_row);
+      const uint4 row = load_shared<uint4>(o_row);
       if (o_waits) *reinterpret_cast<uint4*>(o) = row;
       o += o_chunk;
     };
@@ -864,47 +883,50 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
       if (length > 0) {
         // - Kd S^T and Qd S^T: 16 columns each.
         float both[16];
-        const MatrixDescriptor keys = k_major_128b(stage + kKeyOffset);
-        wgmma_fence();
+        const cute::GmmaDescriptor keys = swizzled_128b(stage + kKeyOffset);
+        cute::warpgroup_arrive();
 #pragma unroll
         for (int m = 0; m < 8; ++m) {
-          wgmma_m64n32k16(both, copy + 4 * m, {keys.low + (m / 4 * 4096 + m % 4 * 32) / 16, keys.high}, m > 0);
+          cute::GmmaDescriptor b = keys;
+          b.reg32_[0] += (m / 4 * 4096 + m % 4 * 32) / 16;
+          wgmma<Major::K>(both, copy + 4 * m, b, m == 0 ? ScaleOut::Zero : ScaleOut::One);
         }
-        wgmma_commit();
+        cute::warpgroup_commit_batch();
 
         store_o();
         o_waits = int(o_token) < left && left <= written;
         uint32_t v_bits[4];
         ldmatrix_x4_trans(v_bits, v_address);
-        const float2 v_scale[2] = {load_shared_float2(factors + kValueScaleOffset),
-                                   load_shared_float2(factors + kValueScaleOffset + 32)};
+        const float2 v_scale[2] = {load_shared<float2>(factors + kValueScaleOffset),
+                                   load_shared<float2>(factors + kValueScaleOffset + 32)};
         float v[8];
         unpack(v, v_bits, T{});
-        wgmma_wait<0>();
+        cute::warpgroup_wait<0>();
 
         uint32_t w[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          w[i] = pack_bf16(fmaf(v[2 * i], v_scale[i / 2].x, both[2 * i]), fmaf(v[2 * i + 1], v_scale[i / 2].y, both[2 * i + 1]));
+          w[i] = pack_bf16(fmaf(v[2 * i], v_scale[i / 2].x, both[2 * i]),
+                           fmaf(v[2 * i + 1], v_scale[i / 2].y, both[2 * i + 1]));
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) both[i] = __uint_as_float(zero);
         // U and the rest of O.
-        wgmma_fence();
-        wgmma_m64n32k16(both, w, k_major_plain(solve, 32), 1);
-        wgmma_commit();
-        const float2 o_scale[2] = {load_shared_float2(factors + kOutputScaleOffset),
-                                   load_shared_float2(factors + kOutputScaleOffset + 32)};
-        wgmma_wait<0>();
+        cute::warpgroup_arrive();
+        wgmma<Major::K>(both, w, k_major_plain(solve, 32));
+        cute::warpgroup_commit_batch();
+        const float2 o_scale[2] = {load_shared<float2>(factors + kOutputScaleOffset),
+                                   load_shared<float2>(factors + kOutputScaleOffset + 32)};
+        cute::warpgroup_wait<0>();
 
         uint32_t u[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) u[i] = pack_bf16(both[2 * i], both[2 * i + 1]);
-        wgmma_fence();
-        wgmma_m64n64k16_n_major(state[0], u, n_major_128b(stage + L::kGateOffset));
-        wgmma_commit();
-        wgmma_m64n64k16_n_major(state[1], u, n_major_128b(stage + L::kGateOffset + kTileBytes));
-        wgmma_commit();
+        cute::warpgroup_arrive();
+        wgmma<Major::MN>(state[0], u, swizzled_128b(stage + L::kGateOffset));
+        cute::warpgroup_commit_batch();
+        wgmma<Major::MN>(state[1], u, swizzled_128b(stage + L::kGateOffset + kTileBytes));
+        cute::warpgroup_commit_batch();
 
         uint32_t o_bits[4];
 #pragma unroll
@@ -917,27 +939,29 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
           mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
           float4 d0[4], d1[4];
           load_decays(0, cursor.stage * kFactorBytes, d0);
-          wgmma_wait<1>();
+          cute::warpgroup_wait<1>();
           copy_and_decay(0, d0);
           load_decays(1, cursor.stage * kFactorBytes, d1);
-          wgmma_wait<0>();
+          cute::warpgroup_wait<0>();
           copy_and_decay(1, d1);
         } else {
-          wgmma_wait<0>();
+          cute::warpgroup_wait<0>();
         }
       }
       __syncwarp();
       mbarrier_arrive(empty);
     }
     store_o();
-    if (p.final_state && (what.w & kToEnd)) store_state(state, p.final_state + matrix, p.state_v_first, column + lane / 4, pair);
+    if (p.final_state && (what.w & kToEnd))
+      store_state(state, p.final_state + matrix, p.state_v_first, column + lane / 4, pair);
     mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   }
 
   // Rows outside every sequence.
   if (p.cu_seqlens) {
-    wait_for_previous_kernel();
-    const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) + workspace_layout(p.sequences).offsets);
+    cudaGridDependencySynchronize();
+    const int* offsets =
+        reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) + workspace_layout(p.sequences).offsets);
     const int64_t pieces = int64_t(p.value_heads) * (kHeadDim / 8);  // of 16 bytes, a row
     uint4* o = static_cast<uint4*>(p.o);
     const int64_t start = int64_t(blockIdx.x) * (kScans * 128) + threadIdx.x;
@@ -962,16 +986,17 @@ __device__ void collect(const Arguments& arguments, uint32_t shared, Barriers ba
   for (;; cursor.advance(1)) {
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
     mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
-    const uint4 where = load_shared_uint4(factors + kChunkInfoOffset);
-    const uint4 what = load_shared_uint4(factors + kChunkInfoOffset + 16);
+    const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
+    const uint4 what = load_shared<uint4>(factors + kChunkInfoOffset + 16);
     const int left = int(what.x);
     if (left == kStop) return;
 #pragma unroll
     for (int i = kProbedChunks - 1; i > 0; --i) bounds[i] = bounds[i - 1];
-    bounds[0] = load_shared_float(factors + kDecayOffset);
+    bounds[0] = load_shared<float>(factors + kDecayOffset);
     mbarrier_arrive(barriers.empty(cursor.stage));
     if (left > kChunk) continue;
-    // bounds[i] is the chunk i + 1 before the segment; those of fewer than kProbedChunks are 0 from the start or another item's.
+    // bounds[i] is the chunk i + 1 before the segment; those of fewer than kProbedChunks are 0 from the start or
+    // another item's.
     const int segment = int(what.y);
     const int chunks = min(kProbedChunks, segment * arguments.segment_chunks);
     float product = 1.f;
@@ -981,17 +1006,19 @@ __device__ void collect(const Arguments& arguments, uint32_t shared, Barriers ba
       product *= bounds[i];
       if (warm_up == 0 && i < chunks && product <= kForgotten) warm_up = i + 1;
     }
-    arguments.warm_ups[(int(where.w) * arguments.p.value_heads + int(where.z)) * arguments.segments + segment] = warm_up;
+    arguments.warm_ups[(int(where.w) * arguments.p.value_heads + int(where.z)) * arguments.segments + segment] =
+        warm_up;
   }
 }
 
-// With kProbe: the same pipeline ahead of the true one, for a few chunks before each segment, to find out which of them forget.
+// With kProbe: the same pipeline ahead of the true one, for a few chunks before each segment, to find out which of them
+// forget.
 template <typename T, typename G, bool kBounded, int kScans, bool kProbe>
 __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid_constant__ Arguments arguments) {
   using L = Layout<G, kScans>;
   extern __shared__ uint8_t unaligned[];
-  uint8_t* base = unaligned + ((1024 - (shared_address(unaligned) & 1023)) & 1023);
-  const uint32_t shared = shared_address(base);
+  uint8_t* base = unaligned + ((1024 - (cute::cast_smem_ptr_to_uint(unaligned) & 1023)) & 1023);
+  const uint32_t shared = cute::cast_smem_ptr_to_uint(base);
   const Barriers barriers{shared + L::kBarriers, L::kStages};
 
   if (threadIdx.x == 0) {
@@ -1000,27 +1027,29 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
       mbarrier_init(barriers.ready(stage), 32);
       mbarrier_init(barriers.empty(stage), kProbe ? 1 : kScans * 4 * 32);
     }
-    fence_mbarrier_init();
+    cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
 
-  if constexpr (kProbe) let_next_kernel_begin();
+  if constexpr (kProbe) cudaTriggerProgrammaticLaunchCompletion();
 
   const int warp = threadIdx.x / 32;
   if (warp < kScans * 4) {
-    setmaxnreg_increase<L::kScanRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
     if constexpr (kProbe) {
       if (threadIdx.x == 0) collect<G>(arguments, shared, barriers);
     } else {
       scan<T, G, kScans>(arguments.p, shared, barriers);
     }
   } else {
-    setmaxnreg_decrease<L::kTransformRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
     const int role = warp - kScans * 4;
     if (role < L::kTransformWarps) {
-      transform<T, G, kBounded, kScans, kProbe>(arguments.p, shared, shared + L::kBias + role * kHeadDim * 4, barriers, role);
+      transform<T, G, kBounded, kScans, kProbe>(arguments.p, shared, shared + L::kBias + role * kHeadDim * 4, barriers,
+                                                role);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
-      load<G, kScans, kProbe>(arguments, shared, reinterpret_cast<ChunkInfo*>(base + L::kFactors + kChunkInfoOffset), barriers);
+      load<G, kScans, kProbe>(arguments, shared, reinterpret_cast<ChunkInfo*>(base + L::kFactors + kChunkInfoOffset),
+                              barriers);
     }
   }
 }

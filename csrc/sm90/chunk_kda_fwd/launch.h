@@ -11,15 +11,15 @@
 namespace flashkda {
 
 // Bytes of device memory the call needs at params.workspace.
-size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment,
-                                     int sm_count);
+size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens,
+                                     bool one_segment, int sm_count);
 
 cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& params, cudaStream_t stream);
 
 namespace chunk_kda_fwd {
 
-// Defined in kernel.cuh, instantiated one T, G and gate a file. T: __nv_bfloat16 or __half. G: T or float. kBounded: the bounded
-// gate, else the other two. kScans: halves of a value head's V that a block takes.
+// Defined in kernel.cuh, instantiated one T, G and gate a file. T: __nv_bfloat16 or __half. G: T or float. kBounded:
+// the bounded gate, else the other two. kScans: halves of a value head's V that a block takes.
 template <typename T, typename G, bool kBounded, int kScans>
 cudaError_t launch(const ChunkKdaFwdParams& params, const Plan& plan, cudaStream_t stream);
 

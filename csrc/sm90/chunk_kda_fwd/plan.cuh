@@ -3,9 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-#include "common/hopper.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 
 namespace flashkda::chunk_kda_fwd {
@@ -21,13 +18,14 @@ __device__ __forceinline__ int length_class(int length) {
   return kLengthClasses - 1 - rank;
 }
 
-// One block. Offsets are clamped to [0, tokens] and made never to decrease, so that no sequence has a row outside the tensor or
-// shares one; sequences are sorted by class (their order inside one depends on timing and moves no result).
+// One block. Offsets are clamped to [0, tokens] and made never to decrease, so that no sequence has a row outside the
+// tensor or shares one; sequences are sorted by class (their order inside one depends on timing and moves no result).
 template <typename Offset>
-__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const Offset* cu_seqlens, int sequences, int tokens, char* workspace) {
+__global__ void __launch_bounds__(kPlanThreads)
+    plan_kernel(const Offset* cu_seqlens, int sequences, int tokens, char* workspace) {
   __shared__ int warp_values[32];
   __shared__ int starts[kLengthClasses];
-  let_next_kernel_begin();
+  cudaTriggerProgrammaticLaunchCompletion();
   const WorkspaceLayout layout = workspace_layout(sequences);
   int* offsets = reinterpret_cast<int*>(workspace + layout.offsets);
   int* order = reinterpret_cast<int*>(workspace + layout.order);
@@ -58,7 +56,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const Offset* cu_seq
   }
 
   // Counting sort.
-  for (int i = thread; i < sequences; i += kPlanThreads) atomicAdd(&starts[length_class(offsets[i + 1] - offsets[i])], 1);
+  for (int i = thread; i < sequences; i += kPlanThreads)
+    atomicAdd(&starts[length_class(offsets[i + 1] - offsets[i])], 1);
   __syncthreads();
   if (warp == 0) {
     int count = 0;

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "sm90/chunk_kda_fwd/config.h"
 #include "params.h"
+#include "sm90/chunk_kda_fwd/config.h"
 
 namespace flashkda::chunk_kda_fwd {
 
@@ -31,12 +31,14 @@ inline bool encode_tiles(CUtensorMap* map, const void* base, CUtensorMapDataType
                          int64_t tokens, int heads, const BatchedStrides& stride) {
   const auto encoder = tensor_map_encoder();
   if (!encoder) return false;
-  const cuuint64_t sizes[4] = {kHeadDim, cuuint64_t(std::max<int64_t>(tokens, 1)), cuuint64_t(heads), cuuint64_t(batch)};
+  const cuuint64_t sizes[4] = {kHeadDim, cuuint64_t(std::max<int64_t>(tokens, 1)), cuuint64_t(heads),
+                               cuuint64_t(batch)};
   // A stride over a single index is never taken, and may be anything in torch.
   const auto bytes = [&](int64_t elements, cuuint64_t size) -> cuuint64_t {
     return size > 1 ? cuuint64_t(elements) * element_bytes : 16;
   };
-  const cuuint64_t strides[3] = {bytes(stride.token, sizes[1]), bytes(stride.head, sizes[2]), bytes(stride.batch, sizes[3])};
+  const cuuint64_t strides[3] = {bytes(stride.token, sizes[1]), bytes(stride.head, sizes[2]),
+                                 bytes(stride.batch, sizes[3])};
   const cuuint32_t box[4] = {cuuint32_t(128 / element_bytes), kChunk, 1, 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   return encoder(map, type, 4, const_cast<void*>(base), sizes, strides, box, element_strides,
