@@ -70,8 +70,8 @@ CASES: dict[str, dict[str, Any]] = {
     "unbounded gate, slow": {"lower_bound": None, "shift": -8.0},
     "nearly parallel keys, fast gates": {"noise": 0.02, "beta": 4.0},
     "nearly parallel keys, slow gates": {"noise": 0.02, "beta": 4.0, "shift": -8.0},
-    "T=65536, fast gates": {"T": 65536, "H": 2},
-    "T=65536, slow gates": {"T": 65536, "H": 2, "shift": -8.0},
+    "T=65536, fast gates": {"T": 65536},
+    "T=65536, slow gates": {"T": 65536, "shift": -8.0},
     "alpha near 1, beta near 2": {"shift": -8.0, "beta": 6.0, "allow_neg_eigval": True},
 }
 
