@@ -55,7 +55,7 @@ class _DenseLayout:
         self.T, self.chunk = T, chunk
         self.chunks = -(-T // chunk)
         self.sequences = self.batch = B
-        self.rows = T
+        self.rows = self.chunks * chunk
 
     def take(self, x: Tensor, c0: int, c1: int) -> Tensor:
         """The tokens of chunks ``c0`` to ``c1``: ``[B, T, ...]`` to ``[B, rows, ...]``."""
@@ -68,7 +68,7 @@ class _DenseLayout:
 
     def finish(self, x: Tensor) -> Tensor:
         """Rows of all chunks ``[B, rows, ...]`` to tokens ``[B, T, ...]``."""
-        return x
+        return x[:, : self.T].contiguous()
 
 
 class _PackedLayout:
@@ -144,9 +144,12 @@ def _split(layout: _Layout, x: Tensor, c0: int, c1: int, out: Tensor | None = No
 
 def _merge(layout: _Layout, x: Tensor, rows: int) -> Tensor:
     """Chunks ``[n, B * X, C, D]`` back to ``[B, rows, X, D]``, the inverse of :func:`_split`."""
-    n, _, C, D = x.shape
-    x = x.unflatten(1, (layout.batch, -1)).permute(1, 0, 3, 2, 4)
-    return x.reshape(layout.batch, n * C, -1, D)[:, :rows]
+    return _by_rows(layout, x).flatten(1, 2)[:, :rows]
+
+
+def _by_rows(layout: _Layout, x: Tensor) -> Tensor:
+    """Chunks ``[n, B * X, C, D]`` as a view ``[B, n, C, X, D]``."""
+    return x.unflatten(1, (layout.batch, -1)).permute(1, 0, 3, 2, 4)
 
 
 def _segments(layout: _Layout, v: Tensor, K: int) -> list[tuple[int, int]]:
@@ -175,12 +178,16 @@ def _levels(prefix: Tensor, suffix: Tensor) -> Iterator[_Level]:
     ``prefix`` comes in as the log decays ``g [n, M, C, K]`` and ``suffix`` as zeros. Both grow in place: at a level of
     blocks of ``size`` tokens they are the sums from a half block's start to each token (its own included), and from
     each token (its own excluded) to the half block's end. In the end they are those of the whole chunk.
+
+    A level's decays are overwritten by those of the next: fresh memory costs more here than arithmetic.
     """
+    hi, lo = prefix.new_empty(2, prefix.numel() // 2)
     size = 2
     while size <= prefix.shape[2]:
         prefix_lo, prefix_hi = _halves(prefix, size)
         suffix_lo, _ = _halves(suffix, size)
-        yield _Level(size, _exp(prefix_hi), _exp(suffix_lo))
+        shape = prefix_hi.shape
+        yield _Level(size, _exp(prefix_hi, hi.view(shape)), _exp(suffix_lo, lo.view(shape)))
         suffix_lo += prefix_hi[..., -1:, :]
         prefix_hi += prefix_lo[..., -1:, :]
         size *= 2
@@ -201,9 +208,9 @@ def _score_blocks(scores: Tensor, size: int) -> Tensor:
     return blocks[:, :, half:, :, :half].permute(0, 1, 5, 2, 3, 4)
 
 
-def _by_tokens(x: Tensor, decay: Tensor) -> Tensor:
+def _by_tokens(x: Tensor, decay: Tensor, out: Tensor) -> Tensor:
     """``x [..., 2, K]`` times its tokens' ``decay [..., K]``, both rows of a token under each other: ``[..., K]``."""
-    return (x * decay.unsqueeze(-2)).flatten(-3, -2)
+    return torch.mul(x, decay.unsqueeze(-2), out=out.view(x.shape)).flatten(-3, -2)
 
 
 def _inverse(L: Tensor) -> Tensor:
@@ -212,9 +219,10 @@ def _inverse(L: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True).contiguous()
 
 
-def _exp(x: Tensor) -> Tensor:
+def _exp(x: Tensor, out: Tensor) -> Tensor:
     """``exp(x)``, zero where it is far below rounding: CPUs are many times slower on subnormal numbers."""
-    return F.threshold(x.exp(), 1e-290 if x.dtype == torch.float64 else 1e-30, 0.0, inplace=True)
+    tiny = 1e-290 if x.dtype == torch.float64 else 1e-30
+    return F.threshold(torch.exp(x, out=out), tiny, 0.0, inplace=True)
 
 
 @dataclass
@@ -264,7 +272,7 @@ class _Inputs(NamedTuple):
 
 
 class _Activated(NamedTuple):
-    q: Tensor  # [B, rows, HV, K], scaled
+    q: Tensor  # [B, rows, HV, K]
     k: Tensor  # [B, rows, HV, K]
     v: Tensor
     g: Tensor  # log decay
@@ -277,7 +285,7 @@ def _take(layout: _Layout, x: _Inputs, c0: int, c1: int) -> _Inputs:
 
 
 def _activate(x: _Inputs, o: KdaOptions) -> _Activated:
-    """Norms, gates and scale, in the compute dtype; queries and keys repeated for their value heads.
+    """Norms and gates, in the compute dtype; queries and keys repeated for their value heads.
 
     Contiguous first: torch rounds functions and sums of strided tensors differently.
     """
@@ -285,7 +293,6 @@ def _activate(x: _Inputs, o: KdaOptions) -> _Activated:
     q, k, v, g, beta = (t.to(dtype).contiguous() for t in x[:5])
     if o.use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
-    q = q * o.scale
     group = v.shape[2] // q.shape[2]
     if group > 1:
         q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
@@ -318,19 +325,21 @@ def _softplus(x: Tensor) -> Tensor:
     return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0))
 
 
-def _prepare(layout: _Layout, x: _Activated, c0: int, c1: int) -> _Chunks:
+def _prepare(layout: _Layout, x: _Activated, scale: float, c0: int, c1: int) -> _Chunks:
     v, beta = _split(layout, x.v, c0, c1), _split(layout, x.beta, c0, c1)
     prefix = _split(layout, x.g, c0, c1)
     suffix = torch.zeros_like(prefix)
     n, M, C, K = prefix.shape
     qk = prefix.new_empty(n, M, C, 2, K)
     q, k = (_split(layout, t, c0, c1, out) for t, out in zip((x.q, x.k), qk.unbind(3), strict=True))
+    q *= scale
     PN = k.new_zeros(n, M, C, 2, C)
-    PN[..., 0, :].diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+    scratch = torch.empty_like(prefix)
+    PN[..., 0, :].diagonal(dim1=-2, dim2=-1).copy_(torch.mul(q, k, out=scratch).sum(-1))
     for size, hi, lo in _levels(prefix, suffix):
-        scores = _by_tokens(_halves(qk, size)[1], hi) @ (_halves(k, size)[0] * lo).mT
+        scores = _by_tokens(_halves(qk, size)[1], hi, scratch) @ lo.mul_(_halves(k, size)[0]).mT
         _score_blocks(PN, size).copy_(scores.unflatten(-2, (-1, 2)))
-    from_start, to_end = _exp(prefix), _exp(suffix)
+    from_start, to_end = _exp(prefix, prefix), _exp(suffix, suffix)
     Kd = k * from_start
     T = _inverse(beta * PN[..., 1, :])
     A = T * beta.mT
@@ -429,12 +438,12 @@ def _forward(
     o = initial.new_empty(layout.batch, layout.rows, HV, V)
     states = _StateRows(layout, initial)
     for c0, c1 in _segments(layout, x.v, K):
-        chunks = _prepare(layout, _activate(_take(layout, x, c0, c1), options), c0, c1)
+        chunks = _prepare(layout, _activate(_take(layout, x, c0, c1), options), options.scale, c0, c1)
         S = initial.new_empty(c1 - c0, layout.batch * HV, K, V) if entering is None else entering[c0:c1]
         U = _scan_forward(chunks, states, c0, S, None if leaving is None else leaving[c0:c1])
         o_chunks = (chunks.Qd @ S).flatten(0, 1).baddbmm_(chunks.P.flatten(0, 1), U.flatten(0, 1)).view_as(U)
-        rows = o[:, c0 * layout.chunk : c1 * layout.chunk]
-        rows.copy_(_merge(layout, o_chunks, rows.shape[1]))
+        rows = o[:, c0 * layout.chunk : c1 * layout.chunk].unflatten(1, (c1 - c0, layout.chunk))
+        rows.copy_(_by_rows(layout, o_chunks))
     return _Scan(layout.finish(o), states.result())
 
 
@@ -570,7 +579,7 @@ def _segment_backward(
 ) -> None:
     """One segment of the backward pass: fills its rows of ``grads`` and adds to those of ``A_log`` and ``dt_bias``."""
     activated = _activate(taken, options)
-    x = _prepare(layout, activated, c0, c1)
+    x = _prepare(layout, activated, options.scale, c0, c1)
     dO = _split(layout, do.to(x.v.dtype), c0, c1)
     U = x.AV - x.AKd @ S
     dW, dleaving = _scan_backward(x, dO, dstates, c0)
@@ -582,11 +591,12 @@ def _segment_backward(
     up = torch.stack((dO @ S.mT, (dW @ S.mT).neg_()), 3).mul_(x.from_start.unsqueeze(3))  # of q, and of k from before
     k_down = x.to_end * dKr  # of k from behind
     g = _split(layout, activated.g, c0, c1)
+    scratch = torch.empty_like(g)
     for size, hi, lo in _levels(g, torch.zeros_like(g)):
         (qk_lo, qk_hi), blocks = _halves(x.qk, size), _score_blocks(dPN, size).flatten(3, 4)
         read = (blocks @ (qk_lo[..., 1, :] * lo)).unflatten(-2, (-1, 2))
         _halves(up, size)[1].addcmul_(read, hi.unsqueeze(-2))
-        _halves(k_down, size)[0].addcmul_(blocks.mT @ _by_tokens(qk_hi, hi), lo)
+        _halves(k_down, size)[0].addcmul_(blocks.mT @ _by_tokens(qk_hi, hi, scratch), lo)
     dq, k_up = up.unbind(3)
     dG = x.q * dq + x.k * (k_up - k_down)
     dG[:, :, -1] += (dKr * x.Kr).sum(-2) + (x.gamma * dleaving * S).sum(-1)
