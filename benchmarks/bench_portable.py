@@ -40,7 +40,7 @@ def main() -> None:
         naive = naive_recurrent_kda()
         if naive is not None:
             calls["fla naive_recurrent_kda"] = lambda g=g, naive=naive: naive(q, k, v, g, beta)
-        train()  # malloc learns sizes as they are freed: without this the first regime pays for page faults at every call
+        train()  # malloc learns sizes as they are freed: without this the first regime pays page faults at every call
         times = cpu_us(calls, runs=20, inner=10) | cpu_us({"flashkda_ops, forward + backward": train}, runs=20)
         reference = recurrent_kda_reference(q, k, v, g, beta)[0]
         for impl, (us, spread) in times.items():
