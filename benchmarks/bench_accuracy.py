@@ -99,10 +99,9 @@ def main() -> None:
         call = case(**options)
         expected = recurrence(call)
         for impl, function in impls.items():
+            fast_path = {"safe_gate": True} if impl == "fla" and call["lower_bound"] else {}
             with torch.no_grad():
-                o, state = function(**call, **({"safe_gate": True} if impl == "fla" and call["lower_bound"] else {}))[
-                    :2
-                ]
+                o, state = function(**call, **fast_path)[:2]
             heads = range(o.shape[2])
             row = {
                 "shape": name,

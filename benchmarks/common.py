@@ -133,15 +133,8 @@ def copy_gb_s() -> float:
     """What a large copy moves here, bytes read plus bytes written. Eager: in a graph it is a slower memcpy node."""
     a = torch.randn(1 << 28, device="cuda")
     b = torch.empty_like(a)
-    times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        b.copy_(a)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return 2 * a.nbytes / statistics.median(times) / 1e3
+    median, _ = gpu_us({"copy": lambda: b.copy_(a)}, inner=1)["copy"]
+    return 2 * a.nbytes / median / 1e3
 
 
 def _output(*command: str) -> str | None:

@@ -72,6 +72,35 @@ def _loadable(x: Tensor, elements: int = 4) -> Tensor:
     return x if strides[-1] == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
+def _tokens_reason(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> str | None:
+    """Why no kernel serves these (valid) tokens, or None if all do."""
+    reason = device_reason(q.device)
+    if reason is not None:
+        return reason
+    if q.shape[3] != 128 or v.shape[3] != 128:
+        return f"K={q.shape[3]}, V={v.shape[3]}: the kernel has K=V=128"
+    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the kernel takes all bfloat16 or all float16"
+    for name, x in (("g", g), ("beta", beta)):
+        if x.dtype not in (q.dtype, torch.float32):
+            return f"{name} is {x.dtype} beside {q.dtype}: the kernel takes q's dtype or float32"
+    return None
+
+
+def _option_arguments(options: KdaOptions) -> dict[str, Any]:
+    """The options as both kernels take them."""
+    gate = _extension().Gate
+    bounded = options.lower_bound is not None
+    return {
+        "gate": (gate.bounded if bounded else gate.unbounded) if options.use_gate_in_kernel else gate.precomputed,
+        "lower_bound": options.lower_bound if bounded else -1.0,  # not used, but divided by
+        "scale": options.scale,
+        "qk_l2norm": options.use_qk_l2norm_in_kernel,
+        "beta_sigmoid": options.use_beta_sigmoid_in_kernel,
+        "beta_factor": 2.0 if options.allow_neg_eigval else 1.0,
+    }
+
+
 def recurrent_kda_paged_reason(
     q: Tensor,
     k: Tensor,
@@ -87,22 +116,15 @@ def recurrent_kda_paged_reason(
     state_v_first: bool,
 ) -> str | None:
     """Why the decode kernel does not serve this (valid) call, or None if it does. Reads no tensor's values."""
-    reason = device_reason(q.device)
+    reason = _tokens_reason(q, k, v, g, beta)
     if reason is not None:
         return reason
-    if q.shape[3] != 128 or v.shape[3] != 128:
-        return f"K={q.shape[3]}, V={v.shape[3]}: the kernel has K=V=128"
     if cu_seqlens is not None:
         return "cu_seqlens: the kernel takes a dense batch"
     if q.shape[1] != 1:
         return f"T={q.shape[1]}: the kernel takes one token a sequence"
     if num_accepted_tokens is not None or state_indices.dim() != 1:
         return "speculative decoding: the kernel takes one token a sequence"
-    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the kernel takes all bfloat16 or all float16"
-    for name, x in (("g", g), ("beta", beta)):
-        if x.dtype not in (q.dtype, torch.float32):
-            return f"{name} is {x.dtype} beside {q.dtype}: the kernel takes q's dtype or float32"
     if state_pool.dtype != torch.float32 or not state_v_first:
         return f"state is {state_pool.dtype}, state_v_first={state_v_first}: the kernel takes float32 [V, K]"
     heads = v.shape[2]
@@ -139,13 +161,8 @@ def recurrent_kda_paged(
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
     q, k, g = _loadable(q), _loadable(k), _loadable(g)
     v = _loadable(v, elements=1)
-    gate = extension.Gate.precomputed
-    if options.use_gate_in_kernel:
-        gate = extension.Gate.unbounded if options.lower_bound is None else extension.Gate.bounded
-        A_log = None if A_log is None else A_log.float().contiguous()
-        dt_bias = None if dt_bias is None else _loadable(dt_bias.float().reshape(-1))
-    else:
-        A_log = dt_bias = None
+    A_log = None if A_log is None else _dense_float(A_log)
+    dt_bias = None if dt_bias is None else _loadable(dt_bias.float().reshape(-1))
     with _current(device):
         extension.recurrent_kda_paged(
             o=(o.data_ptr(), o.stride(0), o.stride(2)),
@@ -170,26 +187,16 @@ def recurrent_kda_paged(
             dtype=dtypes[q.dtype],
             g_dtype=dtypes[g.dtype],
             beta_dtype=dtypes[beta.dtype],
-            gate=gate,
-            lower_bound=0.0 if options.lower_bound is None else options.lower_bound,
-            scale=options.scale,
-            qk_l2norm=options.use_qk_l2norm_in_kernel,
-            beta_sigmoid=options.use_beta_sigmoid_in_kernel,
-            beta_factor=2.0 if options.allow_neg_eigval else 1.0,
             rows_per_warp=rows_per_warp,
             device=device.index,
-            stream=torch.cuda.current_stream(device).cuda_stream,
+            stream=torch._C._cuda_getCurrentRawStream(device.index),
+            **_option_arguments(options),
         )
 
 
 @functools.cache
 def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -234,19 +241,9 @@ def chunk_kda_reason(
     cu_seqlens: Tensor | None,
 ) -> str | None:
     """Why the prefill kernel does not serve this (valid) call, or None if it does. Reads no tensor's values."""
-    reason = device_reason(q.device)
+    reason = _tokens_reason(q, k, v, g, beta)
     if reason is not None:
         return reason
-    if not _is_hopper(q.device):
-        return "the prefill kernel is built for compute capability 9.0 alone"
-    if q.shape[3] != 128 or v.shape[3] != 128:
-        return f"K={q.shape[3]}, V={v.shape[3]}: the kernel has K=V=128"
-    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the kernel takes all bfloat16 or all float16"
-    if g.dtype not in (q.dtype, torch.float32):
-        return f"g is {g.dtype} beside {q.dtype}: the kernel takes q's dtype or float32"
-    if beta.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"beta is {beta.dtype}: the kernel takes bfloat16, float16 or float32"
     if initial_state is not None and initial_state.dtype != torch.float32:
         return f"initial_state is {initial_state.dtype}: the kernel takes float32"
     batch, tokens, value_heads = v.shape[:3]
@@ -285,17 +282,13 @@ def chunk_kda(
     k, k_view = _tma_view(k)
     v, v_view = _tma_view(v)
     g, g_view = _tma_view(g)
-    gate = extension.Gate.precomputed
-    A_log_address = dt_bias_address = 0
-    if options.use_gate_in_kernel:
-        gate = extension.Gate.unbounded if options.lower_bound is None else extension.Gate.bounded
-        if A_log is not None:
-            A_log = _dense_float(A_log)
-            A_log_address = A_log.data_ptr()
-        if dt_bias is not None:
-            dt_bias = _dense_float(dt_bias)
-            dt_bias_address = dt_bias.data_ptr()
-    initial_state_address = 0
+    A_log_address = dt_bias_address = initial_state_address = 0
+    if A_log is not None:
+        A_log = _dense_float(A_log)
+        A_log_address = A_log.data_ptr()
+    if dt_bias is not None:
+        dt_bias = _dense_float(dt_bias)
+        dt_bias_address = dt_bias.data_ptr()
     if initial_state is not None:
         initial_state = _aligned(initial_state)
         initial_state_address = initial_state.data_ptr()
@@ -336,12 +329,7 @@ def chunk_kda(
             cu_seqlens_is_64bit=cu_seqlens_is_64bit,
             state_v_first=state_v_first,
             one_segment=batch_invariant,
-            gate=gate,
-            lower_bound=-1.0 if options.lower_bound is None else options.lower_bound,
-            scale=options.scale,
-            qk_l2norm=options.use_qk_l2norm_in_kernel,
-            beta_sigmoid=options.use_beta_sigmoid_in_kernel,
-            beta_factor=2.0 if options.allow_neg_eigval else 1.0,
             device=device.index,
             stream=torch._C._cuda_getCurrentRawStream(device.index),
+            **_option_arguments(options),
         )

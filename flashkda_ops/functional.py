@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashkda_ops.ops import chunk_kda as _chunk
-from flashkda_ops.validation import validate_state, validate_tokens
+from flashkda_ops.validation import state_dtype, validate_state, validate_tokens
 
 __all__ = ["chunk_kda", "chunk_kda_paged", "recurrent_kda", "recurrent_kda_paged"]
 
@@ -208,7 +208,7 @@ def recurrent_kda(
     if initial_state is None:
         K, (HV, V) = q.shape[-1], v.shape[-2:]
         shape = (sequences, HV, V, K) if state_v_first else (sequences, HV, K, V)
-        states = q.new_zeros(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        states = q.new_zeros(shape, dtype=state_dtype(q))
     else:
         if initial_state.shape[0] != sequences:  # what is traced sees this check alone
             raise ValueError("initial_state must have one row a sequence")

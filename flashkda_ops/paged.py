@@ -7,12 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["on_rows", "read_rows", "safe_cu_seqlens", "valid_slots", "write_rows"]
+__all__ = ["on_rows", "read_rows", "safe_cu_seqlens", "token_owner", "valid_slots", "write_rows"]
 
 
 def safe_cu_seqlens(cu_seqlens: Tensor, T: int) -> Tensor:
     """``cu_seqlens`` as int64, made harmless where it is malformed: within ``[0, T]`` and never decreasing."""
     return cu_seqlens.long().clamp(0, T).cummax(0).values
+
+
+def token_owner(cu_seqlens: Tensor, T: int) -> Tensor:
+    """The sequence of each of ``T`` tokens by a safe ``cu_seqlens``: ``N`` behind the last one, 0 before the first."""
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(T, device=cu_seqlens.device), right=True)
 
 
 def valid_slots(slots: Tensor, pool: Tensor) -> Tensor:
@@ -60,7 +65,6 @@ def on_rows(
     else:
         cu = safe_cu_seqlens(cu_seqlens, T)
         written = valid & (cu.diff() > 0)
-        owner = torch.searchsorted(cu[1:].contiguous(), torch.arange(T, device=cu.device), right=True)
-        token_valid = valid[owner.clamp(max=valid.shape[0] - 1)].view(1, -1, 1, 1)
+        token_valid = valid[token_owner(cu, T).clamp(max=valid.shape[0] - 1)].view(1, -1, 1, 1)
     write_rows(pool, slots, written, final)
     return torch.where(token_valid, o, 0)

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashkda_ops.options import KdaOptions
-from flashkda_ops.paged import on_rows, read_rows, safe_cu_seqlens, valid_slots, write_rows
+from flashkda_ops.paged import on_rows, read_rows, safe_cu_seqlens, token_owner, valid_slots, write_rows
 from flashkda_ops.reference import l2norm
+from flashkda_ops.validation import state_dtype
 
 __all__ = ["Gradients", "chunk_kda", "chunk_kda_backward", "recurrent_kda_paged"]
 
@@ -104,7 +105,7 @@ class _PackedLayout:
         self.row_token = torch.where(self.row_valid, (cu[within].unsqueeze(-1) + offset).view(-1), 0)
 
         t = torch.arange(T, device=device)
-        owner = torch.searchsorted(cu[1:].contiguous(), t, right=True)
+        owner = token_owner(cu, T)
         self.token_valid = (owner < N) & (t >= cu[0])
         self.token_seq = owner.clamp(max=N - 1)
         row = starts[self.token_seq] * chunk + t - cu[self.token_seq]
@@ -289,7 +290,7 @@ def _activate(x: _Inputs, o: KdaOptions) -> _Activated:
 
     Contiguous first: torch rounds functions and sums of strided tensors differently.
     """
-    dtype = _compute_dtype(x.q)
+    dtype = state_dtype(x.q)
     q, k, v, g, beta = (t.to(dtype).contiguous() for t in x[:5])
     if o.use_qk_l2norm_in_kernel:
         q, k = l2norm(q), l2norm(k)
@@ -452,13 +453,9 @@ def _forward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _initial_rows(state: Tensor | None, layout: _Layout, x: _Inputs, v_first: bool) -> Tensor:
     """A state argument as ``[N, HV, K, V]`` in the compute dtype, zeros where absent. Never the argument itself."""
-    K, dtype = x.q.shape[-1], _compute_dtype(x.q)
+    K, dtype = x.q.shape[-1], state_dtype(x.q)
     if state is None:
         return x.v.new_zeros(layout.sequences, x.v.shape[2], K, x.v.shape[3], dtype=dtype)
     state = state.mT if v_first else state
@@ -509,7 +506,7 @@ def chunk_kda(
     entering = None
     if checkpoint_interval:
         entering = initial.new_empty(layout.chunks, layout.batch * v.shape[2], *initial.shape[2:])
-    if v.numel() and q.numel():
+    if q.numel():
         o, final = _forward(layout, x, initial, options, entering=entering)
     else:
         o, final = v.new_zeros(v.shape), initial
@@ -540,14 +537,14 @@ def chunk_kda_backward(
     is recomputed where it is used.
     """
     x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
-    dtype = _compute_dtype(q)
+    dtype = state_dtype(q)
     layout = _layout(q, cu_seqlens, CHUNK)
     dstates = _StateRows(layout, _initial_rows(dht, layout, x, state_v_first), reverse=True)
     dA_log = None if A_log is None else torch.zeros_like(A_log, dtype=dtype)
     ddt_bias = None if dt_bias is None else dt_bias.new_zeros(v.shape[2], q.shape[-1], dtype=dtype)
     dq, dk, dv, dg, dbeta = (t.new_empty(layout.batch, layout.rows, *t.shape[2:]) for t in x[:5])
     grads = _Inputs(dq, dk, dv, dg, dbeta, dA_log, ddt_bias)
-    if v.numel() and q.numel():
+    if q.numel():
         initial = _initial_rows(initial_state, layout, x, state_v_first)
         entering = initial.new_empty(layout.chunks, layout.batch * v.shape[2], *initial.shape[2:])
         _forward(layout, x, initial, options, entering=entering)
@@ -689,7 +686,7 @@ def recurrent_kda_paged(
             )  # fmt: skip
             return o, final
 
-        return on_rows(forward, state_pool, state_indices, cu_seqlens, None, T, _compute_dtype(q))
+        return on_rows(forward, state_pool, state_indices, cu_seqlens, None, T, state_dtype(q))
     N, width = state_indices.shape
     slots = state_indices.long()
     if num_accepted_tokens is None:
@@ -701,7 +698,7 @@ def recurrent_kda_paged(
     valid = valid & valid_slots(start, state_pool)
     x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
     layout = _layout(q, cu_seqlens, 1)
-    initial = read_rows(state_pool, start, valid, _compute_dtype(q))
+    initial = read_rows(state_pool, start, valid, state_dtype(q))
     initial = (initial.mT if state_v_first else initial).contiguous()
     leaving = initial.new_empty(layout.chunks, layout.batch * v.shape[2], K, v.shape[3])
     o, _ = _forward(layout, x, initial, options, leaving=leaving)

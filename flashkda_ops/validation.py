@@ -78,7 +78,7 @@ def require_device(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def state_dtype(q: Tensor) -> torch.dtype:
-    """The dtype of states that go with ``q``."""
+    """The dtype of the states that go with ``q``, and of the computation on the portable path."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
