@@ -65,21 +65,19 @@ struct BatchedStrides {
   int64_t head;
 };
 
-// Whole sequences: every row of the batch is one, or cu_seqlens cuts the only row of the batch into `sequences` of
-// them.
-struct ChunkKdaFwdParams {
+// What both directions of the chunk form read. Whole sequences: every row of the batch is one, or cu_seqlens cuts the
+// only row of the batch into `sequences` of them.
+struct ChunkKdaParams {
   const void* q;               // [batch, tokens, heads, 128]        dtype
   const void* k;               // [batch, tokens, heads, 128]        dtype
   const void* v;               // [batch, tokens, value_heads, 128]  dtype
   const void* g;               // [batch, tokens, value_heads, 128]  g_dtype: dtype or fp32
   const void* beta;            // [batch, tokens, value_heads]       beta_dtype: any
-  void* o;                     // [batch, tokens, value_heads, 128]  dtype, dense
   const float* A_log;          // [value_heads], or null for a factor of 1
   const float* dt_bias;        // [value_heads, 128], or null for 0
   const float* initial_state;  // [sequences, value_heads, 128, 128], or null for 0
-  float* final_state;          // the same, or null
   const void* cu_seqlens;      // [sequences + 1] int32 or int64, or null
-  void* workspace;             // chunk_kda_fwd_workspace_bytes(), 16-byte aligned; or null where those are 0
+  void* workspace;             // as many bytes as the direction's plan says, 16-byte aligned; or null where those are 0
 
   BatchedStrides q_stride, k_stride, v_stride, g_stride, beta_stride;
 
@@ -95,7 +93,6 @@ struct ChunkKdaFwdParams {
   Dtype beta_dtype;
   bool cu_seqlens_is_64bit;
   bool state_v_first;  // states are [V, K], else [K, V]
-  bool one_segment;    // a sequence's bits depend on nothing but itself
 
   Gate gate;
   float lower_bound;
@@ -103,6 +100,27 @@ struct ChunkKdaFwdParams {
   bool qk_l2norm;
   bool beta_sigmoid;
   float beta_factor;  // 2 where negative eigenvalues are allowed, else 1; applies after the sigmoid
+};
+
+struct ChunkKdaFwdParams : ChunkKdaParams {
+  void* o;             // [batch, tokens, value_heads, 128]  dtype, dense
+  float* final_state;  // as initial_state, or null
+  bool one_segment;    // a sequence's bits depend on nothing but itself
+};
+
+// Gradients are dense, in the dtype of what they are of; a null one is not wanted.
+struct ChunkKdaBwdParams : ChunkKdaParams {
+  const void* d_o;               // [batch, tokens, value_heads, 128]  dtype
+  const float* d_final_state;    // as initial_state, or null for 0
+  void* dq;                      // [batch, tokens, heads, 128]
+  void* dk;                      // [batch, tokens, heads, 128]
+  void* dv;                      // [batch, tokens, value_heads, 128]
+  void* dg;                      // [batch, tokens, value_heads, 128]
+  void* dbeta;                   // [batch, tokens, value_heads]
+  float* dA_log;                 // [value_heads]
+  float* d_dt_bias;              // [value_heads, 128]
+  float* d_initial_state;        // as initial_state
+  BatchedStrides d_o_stride;
 };
 
 }  // namespace flashkda
