@@ -13,6 +13,7 @@
 #include <cstring>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -58,6 +59,15 @@ __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensor
   cute::SM90_TMA_LOAD_4D::copy(map, shared_pointer<uint64_t>(barrier), uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL),
                                shared_pointer(destination), x0, x1, x2, x3);
 }
+
+// From shared memory, written by ordinary stores before a fence_view_async_shared, to global memory. The same thread
+// waits, for all of its stores, before what they read is written again.
+__device__ __forceinline__ void bulk_store(void* destination, uint32_t source, int bytes) {
+  cute::SM90_BULK_COPY_S2G::copy(shared_pointer(source), destination, bytes);
+  cute::tma_store_arrive();
+}
+
+__device__ __forceinline__ void bulk_store_wait() { cute::tma_store_wait<0>(); }
 
 // ---- shared memory, in the order of the source
 
@@ -158,7 +168,24 @@ __device__ __forceinline__ cute::GmmaDescriptor k_major_plain(uint32_t address, 
   return b;
 }
 
+// The same memory with the other dimension contracted: [N / 8][K][8], `rows` of K.
+__device__ __forceinline__ cute::GmmaDescriptor mn_major_plain(uint32_t address, uint32_t rows) {
+  cute::GmmaDescriptor b;
+  b.bitfield.layout_type_ = uint8_t(cute::SM90::GMMA::LayoutType::INTERLEAVE);
+  b.bitfield.stride_byte_offset_ = rows;  // of 16 bytes
+  b.reg32_[0] = address >> 4 | (128 >> 4) << 16;
+  return b;
+}
+
 // Major: of B. ScaleOut::Zero overwrites D.
+template <cute::SM90::GMMA::Major kMajor>
+__device__ __forceinline__ void wgmma(float (&d)[8], const uint32_t* a, cute::GmmaDescriptor b,
+                                      cute::SM90::GMMA::ScaleOut scale = cute::SM90::GMMA::ScaleOut::One) {
+  using Mma = cute::SM90::GMMA::MMA_64x16x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, kMajor>;
+  cute::detail::explode(Mma::fma, a, cute::make_int_sequence<4>{}, &b.desc_, cute::int_sequence<0>{}, d,
+                        cute::make_int_sequence<8>{}, &scale, cute::int_sequence<0>{});
+}
+
 template <cute::SM90::GMMA::Major kMajor>
 __device__ __forceinline__ void wgmma(float (&d)[16], const uint32_t* a, cute::GmmaDescriptor b,
                                       cute::SM90::GMMA::ScaleOut scale = cute::SM90::GMMA::ScaleOut::One) {

@@ -4,10 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sm90/chunk_kda/config.h"
+
 namespace flashkda::chunk_kda_fwd {
 
-constexpr int kHeadDim = 128;
-constexpr int kChunk = 16;  // tokens
+using chunk_kda::kChunk;
+using chunk_kda::kHeadDim;
 
 // Chunks before a segment that are tried as its start.
 constexpr int kProbedChunks = 4;

@@ -1,0 +1,77 @@
+// What every loader does: waits for a free stage, says what its chunk is, and has TMA bring the tiles.
+#pragma once
+
+#include <cuda.h>
+
+#include "common/hopper.cuh"
+#include "sm90/chunk_kda/pipeline.cuh"
+
+namespace flashkda::chunk_kda {
+
+// Where a chunk's tiles come from. v: of the values, or of the gradient of o.
+struct Maps {
+  const CUtensorMap* q;
+  const CUtensorMap* k;
+  const CUtensorMap* v;
+  const CUtensorMap* g;
+};
+
+template <typename L>
+struct Loader {
+  uint32_t shared;
+  ChunkInfo* infos;  // the first stage's
+  Barriers barriers;
+  Cursor<L::kStages> cursor{0};
+
+  __device__ __forceinline__ ChunkInfo* next_info() const {
+    mbarrier_wait(barriers.empty(cursor.stage), cursor.parity ^ 1);
+    return reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(infos) + cursor.stage * kFactorBytes);
+  }
+
+  // With no q where the map is null.
+  __device__ __forceinline__ void load(const Maps& maps, int batch, int token, int head, int value_head,
+                                       int first_half) {
+    const uint32_t full = barriers.full(cursor.stage);
+    const uint32_t stage = shared + cursor.stage * L::kStageBytes;
+    mbarrier_arrive_expect_tx(full, maps.q ? L::kStageBytes : L::kStageBytes - 2 * kTileBytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      tma_load_4d(stage + kKeyOffset + half * 4096, maps.k, full, half * 64, token, head, batch);
+      if (maps.q) tma_load_4d(stage + kQueryOffset + half * 4096, maps.q, full, half * 64, token, head, batch);
+    }
+    if constexpr (L::kWideGate) {
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        tma_load_4d(stage + L::kGateOffset + quarter * kTileBytes, maps.g, full, quarter * 32, token, value_head,
+                    batch);
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        tma_load_4d(stage + L::kGateOffset + half * kTileBytes, maps.g, full, half * 64, token, value_head, batch);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < L::kScans; ++half) {
+      tma_load_4d(stage + kValueOffset + half * kTileBytes, maps.v, full, (first_half + half) * 64, token, value_head,
+                  batch);
+    }
+    cursor.advance(1);
+  }
+
+  // A stage of an item that has no chunk.
+  __device__ __forceinline__ void skip() {
+    mbarrier_arrive(barriers.full(cursor.stage));
+    cursor.advance(1);
+  }
+
+  // The scan leaves at the first of these; every transform warp meets one.
+  __device__ __forceinline__ void finish() {
+    for (int i = 0; i < L::kTransformWarps; ++i) {
+      next_info()->left = kStop;
+      skip();
+    }
+  }
+};
+
+}  // namespace flashkda::chunk_kda

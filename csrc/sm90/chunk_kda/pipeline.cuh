@@ -1,0 +1,248 @@
+// Scans over chunks for Hopper: one block a multiprocessor, one (sequence, value head) or a part of one at a time, 16
+// tokens a chunk.
+//
+// A ring of shared-memory stages, one a chunk, passes through three roles:
+//
+//   loader     (1 thread)           takes work items and has TMA bring q, k, g, v of their chunks, as many ahead as
+//                                   there are stages
+//   transform  (7 or 11 warps)      a warp owns a chunk: it turns q, k, g in place into Qd, Kd, Kr, and solves the
+//                                   16x16 system
+//   scan       (1 or 2 warpgroups)  64 rows of V each: carries an fp32 state through the chunks in registers
+//
+// With G the cumulative log decay inside the chunk, n_k and n_q the norms that q and k are divided by (1 without
+// normalisation), and k, q raw, the transform leaves
+//
+//   Kd = k exp(G)     Ki = k exp(-G)     Kr = k exp(G_last - G)     Qd = q exp(G)     d = diag(exp(G_last))
+//   P  = lower(Qd Ki^T)
+//   AU = n_k^-1 (I + L)^-1 diag(beta) n_k^-1, with L the part below the diagonal of diag(beta) n_k^-1 Kd Ki^T n_k^-1
+//
+// and the scans (chunk_kda_fwd/scan.cuh, chunk_kda_bwd/states.cuh) say what becomes of them. Normalisation costs
+// nothing an element: it is in AU and in one factor a token.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "common/hopper.cuh"
+#include "params.h"
+#include "sm90/chunk_kda/config.h"
+
+namespace flashkda::chunk_kda {
+
+constexpr int kThreads = 512;
+
+// What the pipeline runs for: a prefill, its probe, or the backward pass's states.
+enum class Pass { kPrefill, kProbe, kStates };
+
+// A tile is [16 tokens][64 channels] of 16 bits, rows of 128 bytes in the 128-byte swizzle; q, k, g and v are two tiles
+// each.
+constexpr int kTileBytes = 2048;
+
+// Of a stage. K and Q alternate so that a 32-row operand of 64 channels is contiguous.
+constexpr int kKeyOffset = 0;       // k, then -Kd: tiles 0 and 2
+constexpr int kQueryOffset = 2048;  // q, then Qd: tiles 1 and 3
+constexpr int kValueOffset = 8192;  // v, or the gradient of o: a tile for each scan
+// Behind v: g, then Kr in its first two tiles. With 32 bits g has four tiles, of 32 channels.
+
+// Of the factors of a chunk that are not tiles.
+constexpr int kSolveOffset = 0;           // bf16 [2][32][8]: rows of AU, then of PA or P; scratch before that
+constexpr int kDecayOffset = 1024;        // fp32 [128]: d, in the order a scan thread reads it
+constexpr int kValueScaleOffset = 1536;   // fp32 [16]
+constexpr int kOutputScaleOffset = 1600;  // fp32 [16]
+constexpr int kColumnScaleOffset = 1664;  // fp32 [16]
+constexpr int kChunkInfoOffset = 1728;
+constexpr int kFactorBytes = 1792;
+
+constexpr int kSharedBytes = 232448;
+
+// kScans warpgroups scan, 64 rows of V each: both halves of a value head, or one of them where blocks outnumber heads.
+// kOutputBytes: what a warp of the scan has for what it stores.
+template <typename Gate, int kScanWarpgroups, int kOutputBytes>
+struct Layout {
+  using G = Gate;
+  static constexpr int kScans = kScanWarpgroups;
+  static constexpr bool kWideGate = sizeof(G) == 4;
+  static constexpr int kGateOffset = kValueOffset + kScans * kTileBytes;
+  static constexpr int kStageBytes = kGateOffset + (kWideGate ? 4 : 2) * kTileBytes;
+  // All other warps but the loader's, with a stage for each.
+  static constexpr int kOtherWarps = kThreads / 32 - 4 * kScans - 1;
+  static constexpr int kScanRegisters = 144;
+  static constexpr int kTransformRegisters = kScans == 2 ? 112 : 120;
+  static constexpr int kBiasBytes = kOtherWarps * kHeadDim * 4;
+  static constexpr int kAllOutputBytes = 4 * kScans * kOutputBytes;
+  static constexpr int kAlignment = 1024;
+  // As many stages as there is room for.
+  static constexpr int kStages =
+      (kSharedBytes - kBiasBytes - kAllOutputBytes - kAlignment) / (kStageBytes + kFactorBytes + 3 * 8);
+  static constexpr int kTransformWarps = std::min(kOtherWarps, kStages);
+  static constexpr int kFactors = kStages * kStageBytes;
+  static constexpr int kBias = kFactors + kStages * kFactorBytes;
+  static constexpr int kOutput = kBias + kBiasBytes;
+  static constexpr int kBarriers = kOutput + kAllOutputBytes;
+  static constexpr int kBytes = kBarriers + 3 * 8 * kStages + kAlignment;
+  static_assert(kBytes <= kSharedBytes);
+};
+
+// What a chunk is. Written by the loader before it arrives on `full`.
+struct ChunkInfo {
+  int token;  // first token, in its row of the batch
+  int batch;
+  int value_head;
+  int sequence;
+  int left;  // tokens of the sequence from here on; 0 for an item without chunks, negative at the end of work
+  int part;  // half of the rows of V, where blocks take halves; the segment, in a probe
+  int warm;  // tokens of the run that belong to the one before, which writes their o
+  int flags;
+  int chunks;  // of kStates: chunks of the item
+  int tile;    // of kStates: the item's first
+};
+constexpr int kStop = -1;
+constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; ends with it
+constexpr int kReverse = 4;                // the run goes from its last chunk to its first
+
+// The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
+// chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.
+template <bool kBounded>
+constexpr float kLift = kBounded ? 58.f : 0.f;
+// Gates wait for their sums as fp16, in units where the largest decay just fits and the smallest keeps its 11 bits.
+constexpr float kGateUnit = 4096.f;
+constexpr uint32_t kInverseGateUnitFp16 = 0x0c00;  // 2^-12
+// An unbounded gate decays a token by at most e^-10.
+constexpr float kLowestLogDecay = -10.f;
+
+// Barriers of a stage, with who arrives and who waits:
+//   full   the loader's thread and TMA's bytes        -> the transform warp
+//   ready  the transform warp, every lane             -> scan warps
+//   empty  the scan warps, every lane                 -> the loader
+// One lane could arrive for its warp behind a __syncwarp; every lane arriving costs no time, and race detectors follow
+// it.
+struct Barriers {
+  uint32_t base;
+  int stages;
+  __device__ uint32_t full(int stage) const { return base + 8 * stage; }
+  __device__ uint32_t ready(int stage) const { return base + 8 * (stages + stage); }
+  __device__ uint32_t empty(int stage) const { return base + 8 * (2 * stages + stage); }
+};
+
+// Position in the ring.
+template <int kStages>
+struct Cursor {
+  int stage;
+  uint32_t parity = 0;
+  __device__ explicit Cursor(int start) : stage(start) {}
+  __device__ void advance(int by) {
+    stage += by;
+    if (stage >= kStages) {
+      stage -= kStages;
+      parity ^= 1;
+    }
+  }
+};
+
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
+
+__device__ __forceinline__ void unpack(float (&x)[8], const uint32_t (&bits)[4], __nv_bfloat16) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(bits[i] << 16);
+    x[2 * i + 1] = __uint_as_float(bits[i] & 0xffff0000u);
+  }
+}
+
+__device__ __forceinline__ void unpack(float (&x)[8], const uint32_t (&bits)[4], __half) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    __half2 pair;
+    memcpy(&pair, &bits[i], 4);
+    const float2 f = __half22float2(pair);
+    x[2 * i] = f.x;
+    x[2 * i + 1] = f.y;
+  }
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) { return pack_bf16(low, high); }
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) { return pack_fp16(low, high); }
+
+// An element of 4 bytes, or of 2. One predicated load each rather than a branch, at whose end a warp would wait for it.
+__device__ __forceinline__ uint32_t load_bits(const void* base, int64_t index, bool wide) {
+  uint32_t bits;
+  asm volatile(
+      "{\n"
+      ".reg .pred wide;\n"
+      "setp.ne.b32 wide, %2, 0;\n"
+      "@wide ld.global.nc.b32 %0, [%1];\n"
+      "@!wide ld.global.nc.u16 %0, [%1];\n"
+      "}\n"
+      : "=r"(bits)
+      : "l"(static_cast<const char*>(base) + (index << (wide ? 2 : 1))), "r"(int(wide)));
+  return bits;
+}
+
+__device__ __forceinline__ float bits_to_float(uint32_t bits, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) return __uint_as_float(bits);
+  if (dtype == Dtype::kBFloat16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(uint16_t(bits)));
+}
+
+// What a block's roles start from. Made by all threads.
+template <typename L>
+struct Block {
+  uint8_t* base;
+  uint32_t shared;
+  Barriers barriers;
+
+  __device__ __forceinline__ Block(uint8_t* unaligned, int scan_threads)
+      : base(unaligned +
+             ((L::kAlignment - (cute::cast_smem_ptr_to_uint(unaligned) & (L::kAlignment - 1))) & (L::kAlignment - 1))),
+        shared(cute::cast_smem_ptr_to_uint(base)),
+        barriers{shared + L::kBarriers, L::kStages} {
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < L::kStages; ++stage) {
+        mbarrier_init(barriers.full(stage), 1);
+        mbarrier_init(barriers.ready(stage), 32);
+        mbarrier_init(barriers.empty(stage), scan_threads);
+      }
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncthreads();
+  }
+
+  __device__ uint32_t bias(int transform_warp) const { return shared + L::kBias + transform_warp * kHeadDim * 4; }
+  __device__ ChunkInfo* infos() const { return reinterpret_cast<ChunkInfo*>(base + L::kFactors + kChunkInfoOffset); }
+};
+
+// One grid of a kernel that runs the pipeline. With overlap the launch need not wait for the kernel before.
+template <auto kKernel, typename Arguments>
+cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
+  // Once a device; again does no harm.
+  static std::atomic<uint64_t> devices{0};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = uint64_t(1) << (device % 64);
+  if (device >= 64 || !(devices.load() & bit)) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+    devices.fetch_or(bit);
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, arguments);
+}
+
+}  // namespace flashkda::chunk_kda

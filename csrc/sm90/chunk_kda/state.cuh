@@ -1,0 +1,76 @@
+// A state in a scan thread's registers. The thread holds rows `row` and `row + 8` of its warp's 16, columns 8 j + pair
+// and + 1: element 4 j + 2 i + e is row + 8 i, pair + e of column block j. Rows of V are rows of the scan's products
+// and tokens their columns, so that the state is in accumulators whose bf16 copy is already an A operand.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/hopper.cuh"
+#include "sm90/chunk_kda/pipeline.cuh"
+
+namespace flashkda::chunk_kda {
+
+__device__ __forceinline__ void load_state(float (&state)[2][32], const float* matrix, bool v_first, int row,
+                                           int pair) {
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float* s = &state[j / 8][j % 8 * 4 + 2 * i];
+      const int r = row + 8 * i, c = 8 * j + pair;
+      if (v_first) {
+        const float2 x = __ldg(reinterpret_cast<const float2*>(matrix + r * kHeadDim + c));
+        s[0] = x.x;
+        s[1] = x.y;
+      } else {
+        s[0] = __ldg(matrix + c * kHeadDim + r);
+        s[1] = __ldg(matrix + (c + 1) * kHeadDim + r);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void store_state(const float (&state)[2][32], float* matrix, bool v_first, int row,
+                                            int pair) {
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* s = &state[j / 8][j % 8 * 4 + 2 * i];
+      const int r = row + 8 * i, c = 8 * j + pair;
+      if (v_first) {
+        *reinterpret_cast<float2*>(matrix + r * kHeadDim + c) = make_float2(s[0], s[1]);
+      } else {
+        matrix[c * kHeadDim + r] = s[0];
+        matrix[(c + 1) * kHeadDim + r] = s[1];
+      }
+    }
+  }
+}
+
+// The decays of a half of K, from `address` for this thread's pair.
+__device__ __forceinline__ void load_decays(float4 (&d)[4], uint32_t address, int half) {
+#pragma unroll
+  for (int m = 0; m < 4; ++m) d[m] = load_shared<float4>(address + half * 256 + m * 64);
+}
+
+// The bf16 copy of half of K that the next chunk multiplies with, and that chunk's decay. Both are done as soon as the
+// half is known and its chunk ready, beside the products of the other half.
+__device__ __forceinline__ void copy_and_decay(float (&state)[2][32], uint32_t (&copy)[32], int half,
+                                               const float4 (&d)[4]) {
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    float* s = &state[half][8 * m];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) copy[16 * half + 4 * m + i] = pack_bf16(s[2 * i], s[2 * i + 1]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      s[2 * i] *= d[m].x;
+      s[2 * i + 1] *= d[m].y;
+      s[4 + 2 * i] *= d[m].z;
+      s[4 + 2 * i + 1] *= d[m].w;
+    }
+  }
+}
+
+}  // namespace flashkda::chunk_kda

@@ -1,0 +1,421 @@
+// The warps that turn a chunk's q, k, g into the factors of its products.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <type_traits>
+
+#include "common/hopper.cuh"
+#include "common/math.cuh"
+#include "params.h"
+#include "sm90/chunk_kda/pipeline.cuh"
+
+namespace flashkda::chunk_kda {
+
+// The log decay in units of log2(e) / kGateUnit, from g as loaded. `bias` as stage_bias left it.
+struct GateFunction {
+  Gate mode;
+  float factor;
+  float inverse;
+
+  __device__ GateFunction(const ChunkKdaParams& p)
+      : mode(p.gate), factor(0.f), inverse(1.f / (p.lower_bound * kLog2e * kGateUnit)) {}
+
+  template <bool kBounded>
+  __device__ __forceinline__ void set_head(const ChunkKdaParams& p, int value_head) {
+    const float a = p.A_log ? flashkda::exp(p.A_log[value_head]) : 1.f;
+    factor = kBounded ? -a * kLog2e : -a * (kLog2e * kGateUnit);
+  }
+
+  template <bool kBounded>
+  __device__ __forceinline__ float operator()(float g, float bias) const {
+    if constexpr (kBounded) {
+      // lower_bound * sigmoid(x) = 1 / ((1 + exp(-x)) / lower_bound)
+      return rcp(fmaf(ex2(fmaf(g, factor, bias)), inverse, inverse));
+    } else {
+      constexpr float kLowest = kLowestLogDecay * kLog2e * kGateUnit;
+      if (mode == Gate::kPrecomputed) return fmaxf(g * (kLog2e * kGateUnit), kLowest);
+      const float x = g + bias;
+      const float e = ex2(-fabsf(x) * kLog2e);
+      float log1p = lg2(1.f + e);
+      // 1 + e loses the low bits of a small e, which are all there is of a slow gate.
+      log1p = e < 0.015625f ? fmaf(fmaf(e, 0.33333333f, -0.5f) * e, e, e) : log1p * 0.69314718f;
+      return fmaxf((fmaxf(x, 0.f) + log1p) * factor, kLowest);
+    }
+  }
+};
+
+// A warp's chunks, from the `warp`th in steps of as many as there are transform warps. Of kStates, the way forward
+// needs no q, and the way back leaves P where the others have PA.
+template <typename T, typename L, bool kBounded, Pass kPass>
+__device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
+                          int warp) {
+  constexpr bool kProbe = kPass == Pass::kProbe;
+  const int lane = threadIdx.x % 32;
+  const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
+  const int pair = lane % 4 * 2;  // and pair + 1, + 8, + 9: its channels, or tokens where those are summed over
+  constexpr float lift = kLift<kBounded>;
+  const float up_scale = power_of_two(int(lift)), down_scale = power_of_two(-int(lift));
+
+  // This lane's part of an address for ldmatrix and stmatrix on 16 tokens x 16 channels of a swizzled tile.
+  const int matrix_row = lane % 16;
+  const uint32_t matrix_address = matrix_row * 128 + (uint32_t((lane / 16) ^ (matrix_row % 8)) << 4);
+
+  // sum_matrix[t][s] makes sums of gates: over s <= t, or where the gate is not bounded over 7 < s <= t less t < s <=
+  // 7, so that neither exponential of a sum overflows.
+  constexpr uint32_t one_low = kInverseGateUnitFp16, one_high = kInverseGateUnitFp16 << 16;
+  constexpr uint32_t ones = one_low | one_high;
+  const uint32_t upto = (pair <= row ? one_low : 0) | (pair + 1 <= row ? one_high : 0);
+  const uint32_t after = (pair > row ? one_low | 0x8000 : 0) | (pair + 1 > row ? one_high | 0x80000000 : 0);
+  const uint32_t whole_sum_matrix[3] = {kBounded ? upto : after, kBounded ? ones : 0u, upto};
+  const float lifts[4] = {lift, lift, lift, lift};
+
+  GateFunction gate(p);
+  int bias_head = -1;
+
+  Cursor<L::kStages> cursor(warp);
+  for (;; cursor.advance(L::kTransformWarps)) {
+    const uint32_t stage = shared + cursor.stage * L::kStageBytes;
+    const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
+    mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
+    const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
+    const int left = load_shared<int>(factors + kChunkInfoOffset + 16);
+    if (left <= 0) {  // an empty sequence, or the end
+      __syncwarp();
+      mbarrier_arrive(barriers.ready(cursor.stage));
+      if (left == kStop) return;
+      continue;
+    }
+    const bool reverse = kPass == Pass::kStates && load_shared<int>(factors + kChunkInfoOffset + 28) & kReverse;
+    const int valid = min(left, kChunk);
+    const int value_head = int(where.z);
+
+    // Token lane % 16's beta, on its way while the loop runs.
+    const int beta_token = lane % 16;
+    const int64_t beta_index = int64_t(where.y) * p.beta_stride.batch +
+                               int64_t(where.x + min(beta_token, valid - 1)) * p.beta_stride.token +
+                               value_head * p.beta_stride.head;
+    const uint32_t beta_bits = load_bits(p.beta, beta_index, p.beta_dtype == Dtype::kFloat32);
+
+    if (value_head != bias_head) {
+      bias_head = value_head;
+      gate.template set_head<kBounded>(p, value_head);
+      const float factor = kBounded ? gate.factor : 1.f;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 32; ++i) {
+        const int channel = lane + 32 * i;
+        const float bias = p.dt_bias ? p.dt_bias[int64_t(value_head) * kHeadDim + channel] : 0.f;
+        store_shared(bias_address + channel * 4, bias * factor);
+      }
+      __syncwarp();
+    }
+
+    // Rows past the end are another sequence's, or padding that may hold NaN: nothing of them may enter a product. A
+    // gate of zero may still decay, so its tokens leave the sums as well.
+    uint32_t sum_matrix[4] = {whole_sum_matrix[0], whole_sum_matrix[1], 0u, whole_sum_matrix[2]};
+    uint32_t reference_matrix[4] = {ones, ones, 0u, 0u};
+    if (valid < kChunk) {
+#pragma unroll
+      for (int tile = 0; tile < L::kStageBytes / kTileBytes; ++tile) {
+        for (int i = lane; i < (kChunk - valid) * 8; i += 32) {
+          store_shared(stage + tile * kTileBytes + valid * 128 + i * 16, make_uint4(0, 0, 0, 0));
+        }
+      }
+      const uint32_t early = (pair < valid ? 0xffffu : 0u) | (pair + 1 < valid ? 0xffff0000u : 0u);
+      const uint32_t late = (pair + 8 < valid ? 0xffffu : 0u) | (pair + 9 < valid ? 0xffff0000u : 0u);
+      sum_matrix[0] &= early;
+      sum_matrix[1] &= early;
+      sum_matrix[3] &= late;
+      reference_matrix[0] &= early;
+      reference_matrix[1] &= early;
+      __syncwarp();
+    }
+
+    float l_left[4] = {}, p_left[4] = {};  // columns 0 to 7 of Kd Ki^T and Qd Ki^T
+    float right[4] = {};  // columns 8 to 15 of their rows 8 to 15, which are all that is needed of those
+    float k_squares[2] = {}, q_squares[2] = {};
+    float largest_decay = 0.f, kd_squares[2] = {}, kr_squares[2] = {};  // for a probe's bound
+
+    // Gates of a slice of 16 channels, with tokens where a product sums: gates[0] holds tokens pair and pair + 1 of
+    // channel row, gates[1] tokens + 8, gates[2] and [3] the same of channel row + 8.
+    const auto load_gates = [&](int slice, uint32_t (&gates)[4]) {
+      float g[8];
+      if constexpr (L::kWideGate) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int token = pair + i % 2 + i / 2 % 2 * 8;
+          const int chunk = slice % 2 * 4 + i / 4 * 2 + row / 4;
+          g[i] = load_shared<float>(stage + L::kGateOffset + slice / 2 * kTileBytes + token * 128 +
+                                    ((chunk ^ (token % 8)) << 4) + row % 4 * 4);
+        }
+      } else {
+        uint32_t bits[4];
+        ldmatrix_x4_trans(
+            bits, stage + L::kGateOffset + slice / 4 * kTileBytes + (matrix_address ^ uint32_t(slice % 4 * 32)));
+        unpack(g, bits, T{});
+      }
+      const float bias_low = load_shared<float>(bias_address + (slice * 16 + row) * 4);
+      const float bias_high = load_shared<float>(bias_address + (slice * 16 + 8 + row) * 4);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float bias = i < 2 ? bias_low : bias_high;
+        gates[i] = pack_fp16(gate.template operator()<kBounded>(g[2 * i], bias),
+                             gate.template operator()<kBounded>(g[2 * i + 1], bias));
+      }
+    };
+
+    const auto transform_slice = [&](auto with_query, int slice, const uint32_t (&gates)[4],
+                                     const uint32_t (&k_bits)[4], const uint32_t (&q_bits)[4], uint32_t k_address) {
+      constexpr bool kQuery = decltype(with_query)::value;
+      // Sums of gates, with channels where a product sums: sums[half] rows row, row, row + 8, row + 8; channels pair
+      // and pair + 1 of a half.
+      float sums[2][4];
+      mma_fp16(sums[0], sum_matrix, gates[0], gates[1], lifts);
+      mma_fp16(sums[1], sum_matrix, gates[2], gates[3], lifts);
+      float up[8], down[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        up[i] = ex2(sums[i / 4][i % 4]);
+        down[i] = ex2(-sums[i / 4][i % 4]);
+      }
+      // Row 15's exponentials, for channels pair and pair + 1 of each half: the decay of the whole chunk.
+      float last[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) last[i] = __shfl_sync(0xffffffffu, up[i / 2 * 4 + 2 + i % 2], 28 + lane % 4);
+
+      float k[8], q[8];
+      unpack(k, k_bits, T{});
+      if constexpr (kQuery) unpack(q, q_bits, T{});
+      float k_inverse[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        k_squares[i / 2 % 2] = fmaf(k[i], k[i], k_squares[i / 2 % 2]);
+        if constexpr (kQuery) q_squares[i / 2 % 2] = fmaf(q[i], q[i], q_squares[i / 2 % 2]);
+        k_inverse[i] = k[i] * down[i];
+        k[i] *= -up[i];
+        if constexpr (kQuery) q[i] *= up[i];
+      }
+      uint32_t kd[4], qd[4] = {}, ki[4], kr[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        kd[i] = pack_bf16(k[2 * i], k[2 * i + 1]);
+        if constexpr (kQuery) qd[i] = pack_bf16(q[2 * i], q[2 * i + 1]);
+        ki[i] = pack_bf16(k_inverse[2 * i], k_inverse[2 * i + 1]);
+        kr[i] = pack_bf16(k_inverse[2 * i] * last[i / 2 * 2], k_inverse[2 * i + 1] * last[i / 2 * 2 + 1]);
+      }
+      mma_bf16(l_left, kd[0], kd[1], kd[2], kd[3], ki[0], ki[2]);
+      if constexpr (kQuery) mma_bf16(p_left, qd[0], qd[1], qd[2], qd[3], ki[0], ki[2]);
+      mma_bf16(right, kd[1], qd[1], kd[3], qd[3], ki[1], ki[3]);
+
+      [[maybe_unused]] const float to_last[4] = {last[0], last[1], last[2], last[3]};
+      [[maybe_unused]] float first[4];
+      if constexpr (kBounded) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) last[i] *= down_scale;
+      } else {
+        // The scan needs decays from the chunk's start: those from its middle, times the decay up to there.
+        float reference[2][4];
+        mma_fp16(reference[0], reference_matrix, gates[0], gates[1], lifts);
+        mma_fp16(reference[1], reference_matrix, gates[2], gates[3], lifts);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          first[i] = ex2(reference[i / 2][i % 2]);
+          last[i] *= first[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          kd[i] = pack_bf16(k[2 * i] * first[i / 2 * 2], k[2 * i + 1] * first[i / 2 * 2 + 1]);
+          if constexpr (kQuery) qd[i] = pack_bf16(q[2 * i] * first[i / 2 * 2], q[2 * i + 1] * first[i / 2 * 2 + 1]);
+        }
+      }
+      if constexpr (kProbe) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float from_start = k[i] * (kBounded ? down_scale : first[i / 4 * 2 + i % 2]);
+          const float to_end = k_inverse[i] * to_last[i / 4 * 2 + i % 2];
+          kd_squares[i / 2 % 2] = fmaf(from_start, from_start, kd_squares[i / 2 % 2]);
+          kr_squares[i / 2 % 2] = fmaf(to_end, to_end, kr_squares[i / 2 % 2]);
+          largest_decay = fmaxf(largest_decay, last[i / 2]);
+        }
+      }
+      stmatrix_x4(k_address, kd);
+      if constexpr (kQuery) stmatrix_x4(k_address + kQueryOffset, qd);
+      stmatrix_x4(k_address - slice / 4 * kTileBytes + L::kGateOffset, kr);
+      if (lane >= 28) {
+        store_shared(factors + kDecayOffset + (slice * 4 + lane % 4) * 16,
+                     make_float4(last[0], last[1], last[2], last[3]));
+      }
+    };
+
+    // Slices at a time. Kr of two slices covers what g of the first took where g has 32 bits, so both slices' gates
+    // come first.
+    constexpr int kTogether = L::kWideGate ? 2 : 1;
+    const auto transform_slices = [&](auto with_query) {
+#pragma unroll 1
+      for (int first = 0; first < kHeadDim / 16; first += kTogether) {
+        uint32_t gates[kTogether][4];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) load_gates(first + i, gates[i]);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int slice = first + i;
+          const uint32_t k_address = stage + slice / 4 * 4096 + (matrix_address ^ uint32_t(slice % 4 * 32));
+          uint32_t k_bits[4], q_bits[4];
+          ldmatrix_x4(k_bits, k_address);
+          if constexpr (decltype(with_query)::value) ldmatrix_x4(q_bits, k_address + kQueryOffset);
+          transform_slice(with_query, slice, gates[i], k_bits, q_bits, k_address);
+        }
+      }
+    };
+    if constexpr (kPass == Pass::kStates) {
+      if (reverse) {
+        transform_slices(std::true_type{});
+      } else {
+        transform_slices(std::false_type{});
+      }
+    } else {
+      transform_slices(std::true_type{});
+    }
+
+    float beta = bits_to_float(beta_bits, p.beta_dtype);
+    if (p.beta_sigmoid) beta = sigmoid(beta);
+    beta = beta_token < valid ? beta * p.beta_factor : 0.f;
+
+    // Norms of rows row and row + 8, the same in the four lanes that hold a row.
+    float k_inverse_norm[2], q_inverse_norm[2], k_norm[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int offset = 1; offset < 4; offset *= 2) {
+        k_squares[i] += __shfl_xor_sync(0xffffffffu, k_squares[i], offset);
+        q_squares[i] += __shfl_xor_sync(0xffffffffu, q_squares[i], offset);
+        if constexpr (kProbe) {
+          kd_squares[i] += __shfl_xor_sync(0xffffffffu, kd_squares[i], offset);
+          kr_squares[i] += __shfl_xor_sync(0xffffffffu, kr_squares[i], offset);
+        }
+      }
+      const float k_square = p.qk_l2norm ? k_squares[i] + 1e-6f : 1.f;
+      const float q_square = p.qk_l2norm ? q_squares[i] + 1e-6f : 1.f;
+      k_inverse_norm[i] = rsqrt(k_square);
+      q_inverse_norm[i] = rsqrt(q_square);
+      k_norm[i] = k_square * k_inverse_norm[i];
+    }
+    float column_norm[4];  // of tokens pair, pair + 1, pair + 8, pair + 9
+#pragma unroll
+    for (int i = 0; i < 4; ++i) column_norm[i] = __shfl_sync(0xffffffffu, k_inverse_norm[i / 2], 4 * (pair + i % 2));
+    float row_beta[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) row_beta[i] = __shfl_sync(0xffffffffu, beta, row + 8 * i);
+    if (lane % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t token = (row + 8 * i) * 4;
+        const float value_scale = kProbe ? sqrtf(kd_squares[i]) : reverse ? k_norm[i] : k_norm[i] * up_scale;
+        store_shared(factors + kValueScaleOffset + token, value_scale);
+        store_shared(factors + kOutputScaleOffset + token, q_inverse_norm[i] * down_scale * p.scale);
+        store_shared(factors + kColumnScaleOffset + token, row_beta[i] * k_inverse_norm[i] * down_scale);
+      }
+    }
+
+    // Both systems X (I + L) = R at once: lane t < 16 has row t of diag(1/n_k), lane 16 + t row t of P diag(1/n_k), and
+    // as X they hold rows of AU and PA but for the scale a column. In reverse the upper lanes keep theirs. Rows of P
+    // travel through the scratch first, then L stays there.
+    const uint32_t scratch = factors + kSolveOffset;
+    const bool keeps_rows = reverse && lane >= 16;
+    const bool low0 = pair < row, low1 = pair + 1 < row;
+    {
+      const bool diagonal0 = pair <= row, diagonal1 = pair + 1 <= row;
+      float c[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[i] = column_norm[i] * up_scale;
+      store_shared(scratch + row * 64 + pair * 4,
+                   make_float2(diagonal0 ? p_left[0] * c[0] : 0.f, diagonal1 ? p_left[1] * c[1] : 0.f));
+      store_shared(scratch + row * 64 + 32 + pair * 4, make_float2(0.f, 0.f));
+      store_shared(scratch + (row + 8) * 64 + pair * 4, make_float2(p_left[2] * c[0], p_left[3] * c[1]));
+      store_shared(scratch + (row + 8) * 64 + 32 + pair * 4,
+                   make_float2(diagonal0 ? right[2] * c[2] : 0.f, diagonal1 ? right[3] * c[3] : 0.f));
+    }
+    __syncwarp();
+    float x[16];
+    {
+      const int t = lane % 16;
+      const float from_low = __shfl_sync(0xffffffffu, k_inverse_norm[0], t % 8 * 4);
+      const float from_high = __shfl_sync(0xffffffffu, k_inverse_norm[1], t % 8 * 4);
+      const float inverse_norm = t < 8 ? from_low : from_high;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 v = load_shared<float4>(scratch + t * 64 + i * 16);
+        const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[4 * i + j] = lane >= 16 ? values[j] : (4 * i + j == t ? inverse_norm : 0.f);
+      }
+    }
+    __syncwarp();
+    {
+      // Minus L, since Kd carries a minus.
+      float r[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) r[i] = row_beta[i] * k_inverse_norm[i];
+      store_shared(scratch + row * 64 + pair * 4, make_float2(low0 ? l_left[0] * r[0] * column_norm[0] : 0.f,
+                                                              low1 ? l_left[1] * r[0] * column_norm[1] : 0.f));
+      store_shared(scratch + (row + 8) * 64 + pair * 4,
+                   make_float2(l_left[2] * r[1] * column_norm[0], l_left[3] * r[1] * column_norm[1]));
+      store_shared(
+          scratch + (row + 8) * 64 + 32 + pair * 4,
+          make_float2(low0 ? right[0] * r[1] * column_norm[2] : 0.f, low1 ? right[1] * r[1] * column_norm[3] : 0.f));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int s = 15; s > 0; --s) {
+      const float solved = keeps_rows ? 0.f : x[s];
+#pragma unroll
+      for (int i = 0; i < (s + 3) / 4; ++i) {
+        const float4 v = load_shared<float4>(scratch + s * 64 + i * 16);
+        const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (4 * i + j < s) x[4 * i + j] = fmaf(solved, values[j], x[4 * i + j]);
+        }
+      }
+    }
+    if constexpr (kProbe) {
+      // How much of a state can come through the chunk: || diag(d) - sum over s <= t of AU_ts Kd_s Kr_t^T || is at most
+      // max(d) + sum |AU_ts| |Kd_s| |Kr_t|. A little is added for the rounding of the factors.
+      const float kr_low = __shfl_sync(0xffffffffu, kr_squares[0], lane % 8 * 4);
+      const float kr_high = __shfl_sync(0xffffffffu, kr_squares[1], lane % 8 * 4);
+      float sum = 0.f;
+#pragma unroll
+      for (int s = 0; s < 16; ++s) {
+        const float column = load_shared<float>(factors + kColumnScaleOffset + s * 4) * up_scale;
+        sum = fmaf(fabsf(x[s] * column), load_shared<float>(factors + kValueScaleOffset + s * 4), sum);
+      }
+      sum = lane < 16 ? sum * sqrtf(lane < 8 ? kr_low : kr_high) : 0.f;
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        largest_decay = fmaxf(largest_decay, __shfl_xor_sync(0xffffffffu, largest_decay, offset));
+      }
+      __syncwarp();
+      if (lane == 0) store_shared(factors + kDecayOffset, 1.02f * (largest_decay + sum));
+    }
+    // P diag(1/n_k) leaves as P, still lifted, since the scan reads Qd lifted: what it multiplies both with is not.
+    const uint32_t column_scale = factors + (keeps_rows ? kValueScaleOffset : kColumnScaleOffset);
+    uint32_t packed[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 v = load_shared<float4>(column_scale + i * 16);
+      packed[2 * i] = pack_bf16(x[4 * i] * v.x, x[4 * i + 1] * v.y);
+      packed[2 * i + 1] = pack_bf16(x[4 * i + 2] * v.z, x[4 * i + 3] * v.w);
+    }
+    __syncwarp();
+    store_shared(scratch + lane * 16, make_uint4(packed[0], packed[1], packed[2], packed[3]));
+    store_shared(scratch + 512 + lane * 16, make_uint4(packed[4], packed[5], packed[6], packed[7]));
+
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    mbarrier_arrive(barriers.ready(cursor.stage));
+  }
+}
+
+}  // namespace flashkda::chunk_kda

@@ -1,0 +1,8 @@
+#include "sm90/chunk_kda_bwd/states.cuh"
+
+namespace flashkda::chunk_kda_bwd {
+template cudaError_t launch_states<__nv_bfloat16, __nv_bfloat16, false, 1>(const ChunkKdaBwdParams&, const Plan&,
+                                                                           cudaStream_t);
+template cudaError_t launch_states<__nv_bfloat16, __nv_bfloat16, false, 2>(const ChunkKdaBwdParams&, const Plan&,
+                                                                           cudaStream_t);
+}  // namespace flashkda::chunk_kda_bwd

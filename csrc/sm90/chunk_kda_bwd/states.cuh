@@ -1,0 +1,426 @@
+// The states at the borders of tiles, from both ends of every sequence: the pipeline of chunk_kda/pipeline.cuh, where
+// an item is a (sequence, value head) and a direction.
+//
+// Forward, the states as prefill computes them, without o:
+//
+//   W  = V n_k - Kd S^T
+//   U  = AU W
+//   S' = S d + U^T Kr
+//
+// In reverse, their gradients. With dO' = dO scale / n_q:
+//
+//   E  = Kr dS'^T + P^T dO'          (n_k times the gradient of U)
+//   D  = AU^T E                      (that of W over n_k)
+//   dS = dS' d + dO'^T Qd - D^T Kd
+//
+// Everything is transposed. Lifts (kLift) are in Kd, Qd and P; AU and dO' carry their inverse.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <type_traits>
+
+#include "common/hopper.cuh"
+#include "sm90/chunk_kda/loader.cuh"
+#include "sm90/chunk_kda/pipeline.cuh"
+#include "sm90/chunk_kda/state.cuh"
+#include "sm90/chunk_kda/transform.cuh"
+#include "sm90/chunk_kda_bwd/config.h"
+#include "sm90/chunk_kda_bwd/launch.h"
+#include "sm90/chunk_kda_fwd/tensor_map.h"
+
+namespace flashkda::chunk_kda_bwd {
+
+using namespace chunk_kda;
+
+// A warp's 16 rows of V of an image, on their way out: two halves of K.
+constexpr int kHalfImageBytes = 16 * 128;
+constexpr int kImageBytes = 2 * kHalfImageBytes;
+
+struct StateArguments {
+  CUtensorMap q, k, v, g, d_o;
+  ChunkKdaBwdParams p;
+  char* plan;               // of a packed call
+  const int* tile_offsets;  // of a packed call
+  int tiles_per_sequence;   // of a dense call
+  char* states;
+  char* state_gradients;
+};
+
+// ---- loader
+
+struct StateItem {
+  int batch;
+  int sequence;
+  int value_head;
+  int part;
+  bool reverse;
+  int chunks;  // to scan
+  int token;   // of the first one
+  int left;    // tokens of the sequence from there on
+  int tile;    // the first border: the one before it where the scan goes forward, behind it in reverse
+};
+
+// False where there is nothing to do.
+template <int kScans>
+__device__ __forceinline__ bool read_item(const StateArguments& arguments, int index, StateItem& item) {
+  const ChunkKdaBwdParams& p = arguments.p;
+  constexpr int kHalves = 3 - kScans;
+  item.part = index % kHalves;
+  index /= kHalves;
+  int begin = 0, length = int(p.tokens), first_tile;
+  if (p.cu_seqlens) {
+    // Longest first.
+    const int rank = index / (2 * p.value_heads);
+    index -= rank * 2 * p.value_heads;
+    item.reverse = index < p.value_heads;
+    item.value_head = item.reverse ? index : index - p.value_heads;
+    const chunk_kda_fwd::WorkspaceLayout layout = chunk_kda_fwd::workspace_layout(p.sequences);
+    const int* offsets = reinterpret_cast<const int*>(arguments.plan + layout.offsets);
+    item.sequence = reinterpret_cast<const int*>(arguments.plan + layout.order)[rank];
+    item.batch = 0;
+    begin = offsets[item.sequence];
+    length = offsets[item.sequence + 1] - begin;
+    first_tile = arguments.tile_offsets[item.sequence];
+  } else {
+    // The way back takes longer.
+    const int heads = p.sequences * p.value_heads;
+    item.reverse = index < heads;
+    if (!item.reverse) index -= heads;
+    item.sequence = item.batch = index / p.value_heads;
+    item.value_head = index - item.sequence * p.value_heads;
+    first_tile = item.sequence * arguments.tiles_per_sequence;
+  }
+  const int tiles = (length + kTile - 1) / kTile;
+  if (item.reverse) {
+    item.chunks = (length + kChunk - 1) / kChunk;
+    const int last = max(item.chunks - 1, 0) * kChunk;
+    item.token = begin + last;
+    item.left = length - last;
+    item.tile = first_tile + tiles - 1;
+    // Behind the first tile's border there is only the initial state's gradient.
+    if (!p.d_initial_state) item.chunks = tiles > 1 ? item.chunks - kTileChunks : 0;
+    return tiles > 0 || p.d_initial_state;
+  }
+  // No border behind the last tile.
+  item.chunks = max(tiles - 1, 0) * kTileChunks;
+  item.token = begin;
+  item.left = length;
+  item.tile = first_tile;
+  return tiles > 0;
+}
+
+template <typename L>
+__device__ void load_states(const StateArguments& arguments, uint32_t shared, ChunkInfo* infos, Barriers barriers) {
+  const ChunkKdaBwdParams& p = arguments.p;
+  const int items = 2 * (3 - L::kScans) * p.sequences * p.value_heads;
+  const int group = p.value_heads / p.heads;
+  int* ticket = reinterpret_cast<int*>(arguments.plan);
+  Loader<L> loader{shared, infos, barriers};
+
+  cudaGridDependencySynchronize();  // the plan
+  for (int index = blockIdx.x, next; index < items; index = next) {
+    next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
+    StateItem item;
+    if (!read_item<L::kScans>(arguments, index, item)) continue;
+    const Maps maps{item.reverse ? &arguments.q : nullptr, &arguments.k, item.reverse ? &arguments.d_o : &arguments.v,
+                    &arguments.g};
+    const int head = item.value_head / group;
+    const float* start = item.reverse ? p.d_final_state : p.initial_state;
+    if (start && item.part == 0) {
+      const int64_t state = (int64_t(item.sequence) * p.value_heads + item.value_head) * (kHeadDim * kHeadDim);
+      cute::SM90_BULK_COPY_G2S::PREFETCH::copy(start + state, kHeadDim * kHeadDim * 4);
+    }
+    const int step = item.reverse ? -kChunk : kChunk;
+    for (int chunk = 0; chunk < max(item.chunks, 1); ++chunk) {
+      ChunkInfo* info = loader.next_info();
+      const int token = item.token + chunk * step;
+      info->token = token;
+      info->batch = item.batch;
+      info->value_head = item.value_head;
+      info->sequence = item.sequence;
+      info->left = item.chunks > 0 ? item.left - chunk * step : 0;
+      info->part = item.part;
+      info->flags = item.reverse ? kReverse : 0;
+      info->chunks = item.chunks;
+      info->tile = item.tile;
+      if (item.chunks > 0) {
+        loader.load(maps, item.batch, token, head, item.value_head, item.part);
+      } else {
+        loader.skip();
+      }
+    }
+  }
+  loader.finish();
+}
+
+// ---- scan
+
+template <typename T, typename L>
+__device__ void scan_states(const StateArguments& arguments, uint32_t shared, Barriers barriers) {
+  using cute::SM90::GMMA::Major;
+  using cute::SM90::GMMA::ScaleOut;
+  const ChunkKdaBwdParams& p = arguments.p;
+  const int warpgroup = threadIdx.x / 128;
+  const int warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32;
+  const int pair = lane % 4 * 2;
+
+  // This warp's 16 tokens x 16 columns of the value tile, for transposing ldmatrix; its part of an image, for stmatrix.
+  const int matrix_token = lane % 8 + lane / 16 * 8;
+  uint32_t v_matrix = shared + kValueOffset + warpgroup * kTileBytes + matrix_token * 128 +
+                      ((uint32_t(warp * 2 + lane / 8 % 2) ^ (matrix_token % 8)) << 4);
+  const uint32_t image = shared + L::kOutput + threadIdx.x / 32 * kImageBytes;
+  uint32_t image_matrix = image + lane % 16 * 128 + (uint32_t((lane / 16) ^ (lane % 8)) << 4);
+  uint32_t pair_factors = shared + L::kFactors + pair * 4;
+  uint32_t pair_decays = shared + L::kFactors + kDecayOffset + lane % 4 * 16;
+  keep(v_matrix);
+  keep(image_matrix);
+  keep(pair_factors);
+  keep(pair_decays);
+
+  float state[2][32];  // of K, halves
+  uint32_t copy[32];
+  Cursor<L::kStages> cursor(0);
+  mbarrier_wait(barriers.ready(0), 0);
+  for (;;) {
+    const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
+    const uint4 where = load_shared<uint4>(info);
+    const uint4 what = load_shared<uint4>(info + 16);
+    if (int(what.x) == kStop) break;
+    const uint2 borders = load_shared<uint2>(info + 32);
+    const int chunks = int(borders.x);
+    const bool reverse = what.w & kReverse;
+    const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first
+    const int64_t matrix = (int64_t(where.w) * p.value_heads + where.z) * (kHeadDim * kHeadDim);
+    const float* start = reverse ? p.d_final_state : p.initial_state;
+    if (start) {
+      load_state(state, start + matrix, p.state_v_first, column + lane / 4, pair);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) state[i / 32][i % 32] = 0.f;
+    }
+
+    char* border = (reverse ? arguments.state_gradients : arguments.states) +
+                   (int64_t(borders.y) * p.value_heads + where.z) * kStateBytes + column * 128;
+    const int64_t border_step = (reverse ? -1 : 1) * int64_t(p.value_heads) * kStateBytes;
+    const auto store_image = [&] {
+      if (lane == 0) bulk_store_wait();
+      __syncwarp();
+#pragma unroll
+      for (int m = 0; m < 8; ++m) {
+        const uint32_t (&fragment)[4] = *reinterpret_cast<const uint32_t (*)[4]>(copy + 4 * m);
+        stmatrix_x4(m / 4 * kHalfImageBytes + (image_matrix ^ uint32_t(m % 4 * 32)), fragment);
+      }
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      if (lane == 0) {
+        bulk_store(border, image, kHalfImageBytes);
+        bulk_store(border + kStateBytes / 2, image + kHalfImageBytes, kHalfImageBytes);
+      }
+      border += border_step;
+    };
+
+    // dO'^T, an operand.
+    uint32_t d_o[4];
+    const auto load_d_o = [&] {
+      const uint32_t factors = pair_factors + cursor.stage * kFactorBytes;
+      uint32_t bits[4];
+      ldmatrix_x4_trans(bits, v_matrix + cursor.stage * L::kStageBytes);
+      const float2 scale[2] = {load_shared<float2>(factors + kOutputScaleOffset),
+                               load_shared<float2>(factors + kOutputScaleOffset + 32)};
+      float x[8];
+      unpack(x, bits, T{});
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d_o[i] = pack_bf16(x[2 * i] * scale[i / 2].x, x[2 * i + 1] * scale[i / 2].y);
+    };
+    const auto pack = [](uint32_t (&packed)[4], const float (&x)[8]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+    };
+    // Done with the stage whose products are the last two groups in flight; what the next chunk needs.
+    const auto finish_chunk = [&](bool more, uint32_t empty) {
+      if (more) {
+        float4 d0[4], d1[4];
+        load_decays(d0, pair_decays + cursor.stage * kFactorBytes, 0);
+        cute::warpgroup_wait<1>();
+        copy_and_decay(state, copy, 0, d0);
+        load_decays(d1, pair_decays + cursor.stage * kFactorBytes, 1);
+        cute::warpgroup_wait<0>();
+        copy_and_decay(state, copy, 1, d1);
+      } else {
+        cute::warpgroup_wait<0>();
+      }
+      __syncwarp();
+      mbarrier_arrive(empty);
+    };
+
+    if (chunks > 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float4 d[4];
+        load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
+        copy_and_decay(state, copy, half, d);
+      }
+    }
+    if (chunks == 0) {
+      mbarrier_arrive(barriers.empty(cursor.stage));
+      cursor.advance(1);
+    } else if (reverse) {
+      load_d_o();
+      for (int left = chunks; left > 0; --left) {
+        const uint32_t stage = shared + cursor.stage * L::kStageBytes;
+        const uint32_t solve = shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset;
+        const uint32_t empty = barriers.empty(cursor.stage);
+        cursor.advance(1);
+        float e[8], d[8];
+        uint32_t packed[4];
+        cute::warpgroup_arrive();
+        wgmma<Major::MN>(e, d_o, mn_major_plain(solve + 16 * 16, 32), ScaleOut::Zero);
+        const cute::GmmaDescriptor keys = swizzled_128b(stage + L::kGateOffset);
+#pragma unroll
+        for (int m = 0; m < 8; ++m) {
+          cute::GmmaDescriptor b = keys;
+          b.reg32_[0] += (m / 4 * kTileBytes + m % 4 * 32) / 16;
+          wgmma<Major::K>(e, copy + 4 * m, b);
+        }
+        cute::warpgroup_commit_batch();
+        wgmma<Major::MN>(state[0], d_o, swizzled_128b(stage + kQueryOffset));
+        wgmma<Major::MN>(state[1], d_o, swizzled_128b(stage + kQueryOffset + 4096));
+        cute::warpgroup_commit_batch();
+        if (left % kTileChunks == 0 || left == chunks) store_image();
+        cute::warpgroup_wait<1>();
+
+        pack(packed, e);
+        cute::warpgroup_arrive();
+        wgmma<Major::MN>(d, packed, mn_major_plain(solve, 32), ScaleOut::Zero);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<0>();
+
+        pack(packed, d);
+        cute::warpgroup_arrive();
+        wgmma<Major::MN>(state[0], packed, swizzled_128b(stage + kKeyOffset));
+        cute::warpgroup_commit_batch();
+        wgmma<Major::MN>(state[1], packed, swizzled_128b(stage + kKeyOffset + 4096));
+        cute::warpgroup_commit_batch();
+        if (left > 1) {
+          mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+          load_d_o();
+        }
+        finish_chunk(left > 1, empty);
+      }
+    } else {
+      for (int left = chunks; left > 0; --left) {
+        const uint32_t stage = shared + cursor.stage * L::kStageBytes;
+        const uint32_t solve = shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset;
+        const uint32_t factors = pair_factors + cursor.stage * kFactorBytes;
+        const uint32_t v_address = v_matrix + cursor.stage * L::kStageBytes;
+        const uint32_t empty = barriers.empty(cursor.stage);
+        cursor.advance(1);
+        float w[8], u[8];
+        uint32_t packed[4];
+        cute::warpgroup_arrive();
+        const cute::GmmaDescriptor keys = swizzled_128b(stage + kKeyOffset);
+#pragma unroll
+        for (int m = 0; m < 8; ++m) {
+          cute::GmmaDescriptor b = keys;
+          b.reg32_[0] += (m / 4 * 4096 + m % 4 * 32) / 16;
+          wgmma<Major::K>(w, copy + 4 * m, b, m == 0 ? ScaleOut::Zero : ScaleOut::One);
+        }
+        cute::warpgroup_commit_batch();
+        if (left % kTileChunks == 0) store_image();
+        uint32_t v_bits[4];
+        ldmatrix_x4_trans(v_bits, v_address);
+        const float2 v_scale[2] = {load_shared<float2>(factors + kValueScaleOffset),
+                                   load_shared<float2>(factors + kValueScaleOffset + 32)};
+        float v[8];
+        unpack(v, v_bits, T{});
+        cute::warpgroup_wait<0>();
+
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          packed[i] =
+              pack_bf16(fmaf(v[2 * i], v_scale[i / 2].x, w[2 * i]), fmaf(v[2 * i + 1], v_scale[i / 2].y, w[2 * i + 1]));
+        }
+        cute::warpgroup_arrive();
+        wgmma<Major::K>(u, packed, k_major_plain(solve, 32), ScaleOut::Zero);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<0>();
+
+        pack(packed, u);
+        cute::warpgroup_arrive();
+        wgmma<Major::MN>(state[0], packed, swizzled_128b(stage + L::kGateOffset));
+        cute::warpgroup_commit_batch();
+        wgmma<Major::MN>(state[1], packed, swizzled_128b(stage + L::kGateOffset + kTileBytes));
+        cute::warpgroup_commit_batch();
+        if (left > 1) mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+        finish_chunk(left > 1, empty);
+      }
+    }
+
+    if (reverse && p.d_initial_state) {
+      store_state(state, p.d_initial_state + matrix, p.state_v_first, column + lane / 4, pair);
+    } else {
+      // The last border, with no chunk behind it.
+#pragma unroll
+      for (int i = 0; i < 32; ++i) copy[i] = pack_bf16(state[i / 16][2 * (i % 16)], state[i / 16][2 * (i % 16) + 1]);
+      store_image();
+    }
+    mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+  }
+  if (lane == 0) bulk_store_wait();
+}
+
+template <typename T, typename G, bool kBounded, int kScans>
+__global__ void __launch_bounds__(kThreads, 1)
+    chunk_kda_states_kernel(const __grid_constant__ StateArguments arguments) {
+  using L = Layout<G, kScans, kImageBytes>;
+  extern __shared__ uint8_t unaligned[];
+  const Block<L> block(unaligned, 4 * kScans * 32);
+  const int warp = threadIdx.x / 32;
+  if (warp < 4 * kScans) {
+    cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
+    scan_states<T, L>(arguments, block.shared, block.barriers);
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
+    const int role = warp - 4 * kScans;
+    if (role < L::kTransformWarps) {
+      transform<T, L, kBounded, Pass::kStates>(arguments.p, block.shared, block.bias(role), block.barriers, role);
+    } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
+      load_states<L>(arguments, block.shared, block.infos(), block.barriers);
+    }
+  }
+}
+
+// ---- host
+
+template <typename T, typename G, bool kBounded, int kScans>
+cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStream_t stream) {
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  constexpr CUtensorMapDataType type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  constexpr CUtensorMapDataType g_type = sizeof(G) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : type;
+  char* workspace = static_cast<char*>(p.workspace);
+  StateArguments arguments;
+  arguments.p = p;
+  arguments.plan = workspace + plan.workspace.plan;
+  arguments.tile_offsets = reinterpret_cast<const int*>(workspace + plan.workspace.tile_offsets);
+  arguments.tiles_per_sequence = int(plan.tiles_per_sequence);
+  arguments.states = workspace + plan.workspace.states;
+  arguments.state_gradients = workspace + plan.workspace.state_gradients;
+  using chunk_kda_fwd::encode_tiles;
+  const bool encoded =
+      encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride) &&
+      encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride) &&
+      encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride) &&
+      encode_tiles(&arguments.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride) &&
+      encode_tiles(&arguments.d_o, p.d_o, type, 2, p.batch, p.tokens, p.value_heads, p.d_o_stride);
+  if (!encoded) return cudaErrorInvalidValue;
+  const bool overlap = p.cu_seqlens;  // with the plan
+  return launch_pipeline<chunk_kda_states_kernel<T, G, kBounded, kScans>>(
+      arguments, plan.scan_grid, Layout<G, kScans, kImageBytes>::kBytes, overlap, stream);
+}
+
+}  // namespace flashkda::chunk_kda_bwd
