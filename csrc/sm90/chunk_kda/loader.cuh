@@ -59,8 +59,14 @@ struct Loader {
     cursor.advance(1);
   }
 
-  // A stage of an item that has no chunk.
+  // A stage of an item that has no chunk. Its transform warp is done with it at once and waits for the bytes of another
+  // stage, where it would take those before the last for the last: those have to have come.
   __device__ __forceinline__ void skip() {
+    if constexpr (L::kTransformWarps < L::kStages) {
+      Cursor<L::kStages> next = cursor;
+      next.advance(L::kTransformWarps);
+      mbarrier_wait(barriers.full(next.stage), next.parity ^ 1);
+    }
     mbarrier_arrive(barriers.full(cursor.stage));
     cursor.advance(1);
   }
@@ -69,7 +75,8 @@ struct Loader {
   __device__ __forceinline__ void finish() {
     for (int i = 0; i < L::kTransformWarps; ++i) {
       next_info()->left = kStop;
-      skip();
+      mbarrier_arrive(barriers.full(cursor.stage));
+      cursor.advance(1);
     }
   }
 };
