@@ -63,8 +63,8 @@ constexpr int kFactorBytes = 1792;
 constexpr int kSharedBytes = 232448;
 
 // kScans warpgroups scan, 64 rows of V each: both halves of a value head, or one of them where blocks outnumber heads.
-// kOutputBytes: what a warp of the scan has for what it stores.
-template <typename Gate, int kScanWarpgroups, int kOutputBytes>
+// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread.
+template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144>
 struct Layout {
   using G = Gate;
   static constexpr int kScans = kScanWarpgroups;
@@ -73,8 +73,8 @@ struct Layout {
   static constexpr int kStageBytes = kGateOffset + (kWideGate ? 4 : 2) * kTileBytes;
   // All other warps but the loader's, with a stage for each.
   static constexpr int kOtherWarps = kThreads / 32 - 4 * kScans - 1;
-  static constexpr int kScanRegisters = 144;
-  static constexpr int kTransformRegisters = kScans == 2 ? 112 : 120;
+  static constexpr int kScanRegisters = kScanThreadRegisters;
+  static constexpr int kTransformRegisters = (4 * 128 - kScans * kScanRegisters) / (4 - kScans) / 8 * 8;
   static constexpr int kBiasBytes = kOtherWarps * kHeadDim * 4;
   static constexpr int kAllOutputBytes = 4 * kScans * kOutputBytes;
   static constexpr int kAlignment = 1024;

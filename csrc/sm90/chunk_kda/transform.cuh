@@ -86,7 +86,6 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       if (left == kStop) return;
       continue;
     }
-    const bool reverse = kPass == Pass::kStates && load_shared<int>(factors + kChunkInfoOffset + 28) & kReverse;
     const int valid = min(left, kChunk);
     const int value_head = int(where.z);
 
@@ -268,8 +267,10 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         }
       }
     };
+    // Read again where it is asked for, since registers are short in between.
+    const auto is_reverse = [&] { return bool(load_shared<int>(factors + kChunkInfoOffset + 28) & kReverse); };
     if constexpr (kPass == Pass::kStates) {
-      if (reverse) {
+      if (is_reverse()) {
         transform_slices(std::true_type{});
       } else {
         transform_slices(std::false_type{});
@@ -278,6 +279,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       transform_slices(std::true_type{});
     }
 
+    const bool reverse = kPass == Pass::kStates && is_reverse();
     float beta = bits_to_float(beta_bits, p.beta_dtype);
     if (p.beta_sigmoid) beta = sigmoid(beta);
     beta = beta_token < valid ? beta * p.beta_factor : 0.f;

@@ -224,38 +224,34 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
       border += border_step;
     };
 
-    // dO'^T, an operand.
-    uint32_t d_o[4];
-    const auto load_d_o = [&] {
-      const uint32_t factors = pair_factors + cursor.stage * kFactorBytes;
+    // dO'^T, an operand: as it lies in shared memory, with the factors of its tokens, and as it is multiplied.
+    struct RawGradient {
       uint32_t bits[4];
-      ldmatrix_x4_trans(bits, v_matrix + cursor.stage * L::kStageBytes);
-      const float2 scale[2] = {load_shared<float2>(factors + kOutputScaleOffset),
-                               load_shared<float2>(factors + kOutputScaleOffset + 32)};
+      float2 scale[2];
+    };
+    const auto load_d_o = [&] {
+      RawGradient raw;
+      const uint32_t factors = pair_factors + cursor.stage * kFactorBytes;
+      ldmatrix_x4_trans(raw.bits, v_matrix + cursor.stage * L::kStageBytes);
+      raw.scale[0] = load_shared<float2>(factors + kOutputScaleOffset);
+      raw.scale[1] = load_shared<float2>(factors + kOutputScaleOffset + 32);
+      return raw;
+    };
+    uint32_t d_o[4];
+    const auto scale_d_o = [&](const RawGradient& raw) {
       float x[8];
-      unpack(x, bits, T{});
+      unpack(x, raw.bits, T{});
 #pragma unroll
-      for (int i = 0; i < 4; ++i) d_o[i] = pack_bf16(x[2 * i] * scale[i / 2].x, x[2 * i + 1] * scale[i / 2].y);
+      for (int i = 0; i < 4; ++i) {
+        d_o[i] = pack_bf16(x[2 * i] * raw.scale[i / 2].x, x[2 * i + 1] * raw.scale[i / 2].y);
+      }
     };
     const auto pack = [](uint32_t (&packed)[4], const float (&x)[8]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
     };
-    // Done with the stage whose products are the last two groups in flight; what the next chunk needs.
-    const auto finish_chunk = [&](bool more, uint32_t empty) {
-      if (more) {
-        float4 d0[4], d1[4];
-        load_decays(d0, pair_decays + cursor.stage * kFactorBytes, 0);
-        cute::warpgroup_wait<1>();
-        copy_and_decay(state, copy, 0, d0);
-        load_decays(d1, pair_decays + cursor.stage * kFactorBytes, 1);
-        cute::warpgroup_wait<0>();
-        copy_and_decay(state, copy, 1, d1);
-      } else {
-        cute::warpgroup_wait<0>();
-      }
-      __syncwarp();
-      mbarrier_arrive(empty);
+    const auto load_half_decays = [&](float4(&d)[4], int half) {
+      load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
     };
 
     if (chunks > 0) {
@@ -270,7 +266,7 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
       mbarrier_arrive(barriers.empty(cursor.stage));
       cursor.advance(1);
     } else if (reverse) {
-      load_d_o();
+      scale_d_o(load_d_o());
       for (int left = chunks; left > 0; --left) {
         const uint32_t stage = shared + cursor.stage * L::kStageBytes;
         const uint32_t solve = shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset;
@@ -308,9 +304,20 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         cute::warpgroup_commit_batch();
         if (left > 1) {
           mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
-          load_d_o();
+          float4 d0[4], d1[4];
+          load_half_decays(d0, 0);
+          load_half_decays(d1, 1);
+          const RawGradient raw = load_d_o();
+          cute::warpgroup_wait<1>();
+          copy_and_decay(state, copy, 0, d0);
+          scale_d_o(raw);
+          cute::warpgroup_wait<0>();
+          copy_and_decay(state, copy, 1, d1);
+        } else {
+          cute::warpgroup_wait<0>();
         }
-        finish_chunk(left > 1, empty);
+        __syncwarp();
+        mbarrier_arrive(empty);
       }
     } else {
       for (int left = chunks; left > 0; --left) {
@@ -356,8 +363,20 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         cute::warpgroup_commit_batch();
         wgmma<Major::MN>(state[1], packed, swizzled_128b(stage + L::kGateOffset + kTileBytes));
         cute::warpgroup_commit_batch();
-        if (left > 1) mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
-        finish_chunk(left > 1, empty);
+        if (left > 1) {
+          mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+          float4 d0[4], d1[4];
+          load_half_decays(d0, 0);
+          load_half_decays(d1, 1);
+          cute::warpgroup_wait<1>();
+          copy_and_decay(state, copy, 0, d0);
+          cute::warpgroup_wait<0>();
+          copy_and_decay(state, copy, 1, d1);
+        } else {
+          cute::warpgroup_wait<0>();
+        }
+        __syncwarp();
+        mbarrier_arrive(empty);
       }
     }
 
@@ -374,10 +393,13 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
   if (lane == 0) bulk_store_wait();
 }
 
+template <typename G, int kScans>
+using StateLayout = Layout<G, kScans, kImageBytes, kScans == 2 ? 144 : 152>;
+
 template <typename T, typename G, bool kBounded, int kScans>
 __global__ void __launch_bounds__(kThreads, 1)
     chunk_kda_states_kernel(const __grid_constant__ StateArguments arguments) {
-  using L = Layout<G, kScans, kImageBytes>;
+  using L = StateLayout<G, kScans>;
   extern __shared__ uint8_t unaligned[];
   const Block<L> block(unaligned, 4 * kScans * 32);
   const int warp = threadIdx.x / 32;
@@ -420,7 +442,7 @@ cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStre
   if (!encoded) return cudaErrorInvalidValue;
   const bool overlap = p.cu_seqlens;  // with the plan
   return launch_pipeline<chunk_kda_states_kernel<T, G, kBounded, kScans>>(
-      arguments, plan.scan_grid, Layout<G, kScans, kImageBytes>::kBytes, overlap, stream);
+      arguments, plan.scan_grid, StateLayout<G, kScans>::kBytes, overlap, stream);
 }
 
 }  // namespace flashkda::chunk_kda_bwd
