@@ -149,8 +149,7 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], 
 
 // ---- matrix products of a warpgroup: D[64 x N] (+)= A[64 x 16] B[16 x N], A in registers, B in shared memory, bf16
 
-// B in the 128-byte swizzle, 8 rows every 1024 bytes: [N][K] or [K][N], of 64 elements a row. reg32_[0] may be moved on
-// by bytes / 16.
+// B in the 128-byte swizzle, 8 rows every 1024 bytes: [N][K] or [K][N], of 64 elements a row.
 __device__ __forceinline__ cute::GmmaDescriptor swizzled_128b(uint32_t address) {
   cute::GmmaDescriptor b;
   b.bitfield.layout_type_ = uint8_t(cute::SM90::GMMA::LayoutType::B128);
@@ -174,6 +173,12 @@ __device__ __forceinline__ cute::GmmaDescriptor mn_major_plain(uint32_t address,
   b.bitfield.layout_type_ = uint8_t(cute::SM90::GMMA::LayoutType::INTERLEAVE);
   b.bitfield.stride_byte_offset_ = rows;  // of 16 bytes
   b.reg32_[0] = address >> 4 | (128 >> 4) << 16;
+  return b;
+}
+
+// The same B so many bytes on.
+__device__ __forceinline__ cute::GmmaDescriptor moved(cute::GmmaDescriptor b, uint32_t bytes) {
+  b.reg32_[0] += bytes / 16;
   return b;
 }
 

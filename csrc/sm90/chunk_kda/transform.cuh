@@ -86,6 +86,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       if (left == kStop) return;
       continue;
     }
+    const bool reverse = kPass == Pass::kStates && load_shared<int>(factors + kChunkInfoOffset + 28) & kReverse;
     const int valid = min(left, kChunk);
     const int value_head = int(where.z);
 
@@ -267,10 +268,8 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         }
       }
     };
-    // Read again where it is asked for, since registers are short in between.
-    const auto is_reverse = [&] { return bool(load_shared<int>(factors + kChunkInfoOffset + 28) & kReverse); };
     if constexpr (kPass == Pass::kStates) {
-      if (is_reverse()) {
+      if (reverse) {
         transform_slices(std::true_type{});
       } else {
         transform_slices(std::false_type{});
@@ -279,7 +278,6 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       transform_slices(std::true_type{});
     }
 
-    const bool reverse = kPass == Pass::kStates && is_reverse();
     float beta = bits_to_float(beta_bits, p.beta_dtype);
     if (p.beta_sigmoid) beta = sigmoid(beta);
     beta = beta_token < valid ? beta * p.beta_factor : 0.f;
@@ -401,7 +399,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       __syncwarp();
       if (lane == 0) store_shared(factors + kDecayOffset, 1.02f * (largest_decay + sum));
     }
-    // P diag(1/n_k) leaves as P, still lifted, since the scan reads Qd lifted: what it multiplies both with is not.
+    // Where rows of P diag(1/n_k) were kept, they leave as P and lifted, as Qd is: what both meet, dO', is lowered.
     const uint32_t column_scale = factors + (keeps_rows ? kValueScaleOffset : kColumnScaleOffset);
     uint32_t packed[8];
 #pragma unroll

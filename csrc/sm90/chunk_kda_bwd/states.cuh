@@ -254,11 +254,26 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
       load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
     };
 
+    // With one scan its chain binds, so all loads for the next chunk leave together while the last products run. With
+    // two the transform does, and loads close to their use measured better.
+    constexpr bool kLoadAhead = L::kScans == 1;
+
+    // The tiles and the system of the chunk at the cursor, as operands. Made a chunk ahead, beside other work: between
+    // WARPGROUP.ARRIVE and the first product every address would be waited for.
+    cute::GmmaDescriptor tiles, system;
+    const auto find_operands = [&](bool contract_rows) {
+      const uint32_t solve = shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset;
+      tiles = swizzled_128b(shared + cursor.stage * L::kStageBytes);
+      system = contract_rows ? mn_major_plain(solve, 32) : k_major_plain(solve, 32);
+      keep(tiles.reg32_[0]);
+      keep(system.reg32_[0]);
+    };
+
     if (chunks > 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float4 d[4];
-        load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
+        load_half_decays(d, half);
         copy_and_decay(state, copy, half, d);
       }
     }
@@ -267,50 +282,49 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
       cursor.advance(1);
     } else if (reverse) {
       scale_d_o(load_d_o());
+      find_operands(true);
       for (int left = chunks; left > 0; --left) {
-        const uint32_t stage = shared + cursor.stage * L::kStageBytes;
-        const uint32_t solve = shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset;
         const uint32_t empty = barriers.empty(cursor.stage);
         cursor.advance(1);
         float e[8], d[8];
         uint32_t packed[4];
         cute::warpgroup_arrive();
-        wgmma<Major::MN>(e, d_o, mn_major_plain(solve + 16 * 16, 32), ScaleOut::Zero);
-        const cute::GmmaDescriptor keys = swizzled_128b(stage + L::kGateOffset);
+        wgmma<Major::MN>(e, d_o, moved(system, 16 * 16), ScaleOut::Zero);
 #pragma unroll
         for (int m = 0; m < 8; ++m) {
-          cute::GmmaDescriptor b = keys;
-          b.reg32_[0] += (m / 4 * kTileBytes + m % 4 * 32) / 16;
-          wgmma<Major::K>(e, copy + 4 * m, b);
+          wgmma<Major::K>(e, copy + 4 * m, moved(tiles, L::kGateOffset + m / 4 * kTileBytes + m % 4 * 32));
         }
         cute::warpgroup_commit_batch();
-        wgmma<Major::MN>(state[0], d_o, swizzled_128b(stage + kQueryOffset));
-        wgmma<Major::MN>(state[1], d_o, swizzled_128b(stage + kQueryOffset + 4096));
+        wgmma<Major::MN>(state[0], d_o, moved(tiles, kQueryOffset));
+        wgmma<Major::MN>(state[1], d_o, moved(tiles, kQueryOffset + 4096));
         cute::warpgroup_commit_batch();
         if (left % kTileChunks == 0 || left == chunks) store_image();
         cute::warpgroup_wait<1>();
 
         pack(packed, e);
         cute::warpgroup_arrive();
-        wgmma<Major::MN>(d, packed, mn_major_plain(solve, 32), ScaleOut::Zero);
+        wgmma<Major::MN>(d, packed, system, ScaleOut::Zero);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
 
         pack(packed, d);
         cute::warpgroup_arrive();
-        wgmma<Major::MN>(state[0], packed, swizzled_128b(stage + kKeyOffset));
+        wgmma<Major::MN>(state[0], packed, moved(tiles, kKeyOffset));
         cute::warpgroup_commit_batch();
-        wgmma<Major::MN>(state[1], packed, swizzled_128b(stage + kKeyOffset + 4096));
+        wgmma<Major::MN>(state[1], packed, moved(tiles, kKeyOffset + 4096));
         cute::warpgroup_commit_batch();
         if (left > 1) {
           mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
           float4 d0[4], d1[4];
-          load_half_decays(d0, 0);
-          load_half_decays(d1, 1);
           const RawGradient raw = load_d_o();
+          if constexpr (!kLoadAhead) scale_d_o(raw);
+          load_half_decays(d0, 0);
+          if constexpr (kLoadAhead) load_half_decays(d1, 1);
           cute::warpgroup_wait<1>();
           copy_and_decay(state, copy, 0, d0);
-          scale_d_o(raw);
+          if constexpr (kLoadAhead) scale_d_o(raw);
+          if constexpr (!kLoadAhead) load_half_decays(d1, 1);
+          find_operands(true);
           cute::warpgroup_wait<0>();
           copy_and_decay(state, copy, 1, d1);
         } else {
@@ -320,9 +334,8 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         mbarrier_arrive(empty);
       }
     } else {
+      find_operands(false);
       for (int left = chunks; left > 0; --left) {
-        const uint32_t stage = shared + cursor.stage * L::kStageBytes;
-        const uint32_t solve = shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset;
         const uint32_t factors = pair_factors + cursor.stage * kFactorBytes;
         const uint32_t v_address = v_matrix + cursor.stage * L::kStageBytes;
         const uint32_t empty = barriers.empty(cursor.stage);
@@ -330,12 +343,10 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         float w[8], u[8];
         uint32_t packed[4];
         cute::warpgroup_arrive();
-        const cute::GmmaDescriptor keys = swizzled_128b(stage + kKeyOffset);
 #pragma unroll
         for (int m = 0; m < 8; ++m) {
-          cute::GmmaDescriptor b = keys;
-          b.reg32_[0] += (m / 4 * 4096 + m % 4 * 32) / 16;
-          wgmma<Major::K>(w, copy + 4 * m, b, m == 0 ? ScaleOut::Zero : ScaleOut::One);
+          wgmma<Major::K>(w, copy + 4 * m, moved(tiles, kKeyOffset + m / 4 * 4096 + m % 4 * 32),
+                          m == 0 ? ScaleOut::Zero : ScaleOut::One);
         }
         cute::warpgroup_commit_batch();
         if (left % kTileChunks == 0) store_image();
@@ -353,23 +364,25 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
               pack_bf16(fmaf(v[2 * i], v_scale[i / 2].x, w[2 * i]), fmaf(v[2 * i + 1], v_scale[i / 2].y, w[2 * i + 1]));
         }
         cute::warpgroup_arrive();
-        wgmma<Major::K>(u, packed, k_major_plain(solve, 32), ScaleOut::Zero);
+        wgmma<Major::K>(u, packed, system, ScaleOut::Zero);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
 
         pack(packed, u);
         cute::warpgroup_arrive();
-        wgmma<Major::MN>(state[0], packed, swizzled_128b(stage + L::kGateOffset));
+        wgmma<Major::MN>(state[0], packed, moved(tiles, L::kGateOffset));
         cute::warpgroup_commit_batch();
-        wgmma<Major::MN>(state[1], packed, swizzled_128b(stage + L::kGateOffset + kTileBytes));
+        wgmma<Major::MN>(state[1], packed, moved(tiles, L::kGateOffset + kTileBytes));
         cute::warpgroup_commit_batch();
         if (left > 1) {
           mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
           float4 d0[4], d1[4];
           load_half_decays(d0, 0);
-          load_half_decays(d1, 1);
+          if constexpr (kLoadAhead) load_half_decays(d1, 1);
           cute::warpgroup_wait<1>();
           copy_and_decay(state, copy, 0, d0);
+          if constexpr (!kLoadAhead) load_half_decays(d1, 1);
+          find_operands(false);
           cute::warpgroup_wait<0>();
           copy_and_decay(state, copy, 1, d1);
         } else {

@@ -106,9 +106,8 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
         cute::warpgroup_arrive();
 #pragma unroll
         for (int m = 0; m < 8; ++m) {
-          cute::GmmaDescriptor b = keys;
-          b.reg32_[0] += (m / 4 * 4096 + m % 4 * 32) / 16;
-          wgmma<Major::K>(both, copy + 4 * m, b, m == 0 ? ScaleOut::Zero : ScaleOut::One);
+          wgmma<Major::K>(both, copy + 4 * m, moved(keys, m / 4 * 4096 + m % 4 * 32),
+                          m == 0 ? ScaleOut::Zero : ScaleOut::One);
         }
         cute::warpgroup_commit_batch();
 
