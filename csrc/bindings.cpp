@@ -1,7 +1,8 @@
 // flashkda_ops._C: addresses, sizes, strides and a stream in, one launch out. Importing it makes no CUDA call.
 //
-// An op is one function here, taking keywords alone, that fills the op's params, has them checked and launches. Tensors
-// are described in flashkda_ops/cuda.py; validation for users happens before that, in the op itself.
+// An op is one function here, taking keywords alone, that fills the op's params, has them checked and launches; the two
+// directions of the chunk form share an object of what both read. Tensors are described in flashkda_ops/cuda.py;
+// validation for users happens before that, in the op itself.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,6 +18,7 @@
 #include <tuple>
 
 #include "params.h"
+#include "sm90/chunk_kda_bwd/launch.h"
 #include "sm90/chunk_kda_fwd/launch.h"
 #include "sm90/recurrent_kda/config.h"
 #include "sm90/recurrent_kda/launch.h"
@@ -119,46 +121,73 @@ void set(const void*& base, BatchedStrides& stride, const BatchedView& view) {
   stride = {std::get<1>(view), std::get<2>(view), std::get<3>(view)};
 }
 
-void chunk_kda_forward(const BatchedView& q, const BatchedView& k, const BatchedView& v, const BatchedView& g,
-                       const BatchedView& beta, uintptr_t o, uintptr_t A_log, uintptr_t dt_bias,
-                       uintptr_t initial_state, uintptr_t final_state, uintptr_t cu_seqlens, uintptr_t workspace,
-                       int batch, int64_t tokens, int heads, int value_heads, int sequences, Dtype dtype, Dtype g_dtype,
-                       Dtype beta_dtype, bool cu_seqlens_is_64bit, bool state_v_first, bool one_segment, Gate gate,
-                       float lower_bound, float scale, bool qk_l2norm, bool beta_sigmoid, float beta_factor, int device,
-                       uintptr_t stream) {
-  ChunkKdaFwdParams p = {};
+// The workspace is not known yet.
+ChunkKdaParams chunk_kda_params(const BatchedView& q, const BatchedView& k, const BatchedView& v, const BatchedView& g,
+                                const BatchedView& beta, uintptr_t A_log, uintptr_t dt_bias, uintptr_t initial_state,
+                                uintptr_t cu_seqlens, int batch, int64_t tokens, int heads, int value_heads,
+                                int sequences, Dtype dtype, Dtype g_dtype, Dtype beta_dtype, bool cu_seqlens_is_64bit,
+                                bool state_v_first, Gate gate, float lower_bound, float scale, bool qk_l2norm,
+                                bool beta_sigmoid, float beta_factor) {
+  ChunkKdaParams p = {};
   set(p.q, p.q_stride, q);
   set(p.k, p.k_stride, k);
   set(p.v, p.v_stride, v);
   set(p.g, p.g_stride, g);
   set(p.beta, p.beta_stride, beta);
-  p.o = pointer<void>(o);
   p.A_log = pointer<const float>(A_log);
   p.dt_bias = pointer<const float>(dt_bias);
   p.initial_state = pointer<const float>(initial_state);
-  p.final_state = pointer<float>(final_state);
   p.cu_seqlens = pointer(cu_seqlens);
-  p.workspace = pointer<void>(workspace);
   p.batch = batch;
   p.tokens = tokens;
   p.heads = heads;
   p.value_heads = value_heads;
   p.sequences = sequences;
-  p.sm_count = sm_count(device);
   p.dtype = dtype;
   p.g_dtype = g_dtype;
   p.beta_dtype = beta_dtype;
   p.cu_seqlens_is_64bit = cu_seqlens_is_64bit;
   p.state_v_first = state_v_first;
-  p.one_segment = one_segment;
   p.gate = gate;
   p.lower_bound = lower_bound;
   p.scale = scale;
   p.qk_l2norm = qk_l2norm;
   p.beta_sigmoid = beta_sigmoid;
   p.beta_factor = beta_factor;
+  return p;
+}
+
+void chunk_kda_forward(const ChunkKdaParams& params, uintptr_t o, uintptr_t final_state, bool one_segment,
+                       uintptr_t workspace, int device, uintptr_t stream) {
+  ChunkKdaFwdParams p = {params};
+  p.o = pointer<void>(o);
+  p.final_state = pointer<float>(final_state);
+  p.one_segment = one_segment;
+  p.workspace = pointer<void>(workspace);
+  p.sm_count = sm_count(device);
   use_device(device);
   check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_fwd");
+}
+
+void chunk_kda_backward(const ChunkKdaParams& params, const BatchedView& d_o, uintptr_t d_final_state, uintptr_t dq,
+                        uintptr_t dk, uintptr_t dv, uintptr_t dg, uintptr_t dbeta, uintptr_t dA_log,
+                        uintptr_t d_dt_bias, uintptr_t d_initial_state, uintptr_t workspace, int device,
+                        uintptr_t stream) {
+  ChunkKdaBwdParams p = {params};
+  set(p.d_o, p.d_o_stride, d_o);
+  p.d_final_state = pointer<const float>(d_final_state);
+  p.dq = pointer<void>(dq);
+  p.dk = pointer<void>(dk);
+  p.dv = pointer<void>(dv);
+  p.dg = pointer<void>(dg);
+  p.dbeta = pointer<void>(dbeta);
+  p.dA_log = pointer<float>(dA_log);
+  p.d_dt_bias = pointer<float>(d_dt_bias);
+  p.d_initial_state = pointer<float>(d_initial_state);
+  p.workspace = pointer<void>(workspace);
+  p.sm_count = sm_count(device);
+  use_device(device);
+  check(launch_chunk_kda_bwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_bwd");
 }
 
 std::string cuda_version() {
@@ -199,9 +228,16 @@ PYBIND11_MODULE(_C, m) {
         "beta_sigmoid"_a, "beta_factor"_a, "rows_per_warp"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_fwd_workspace_bytes", &flashkda::chunk_kda_fwd_workspace_bytes, "sequences"_a, "value_heads"_a,
         "tokens"_a, "has_cu_seqlens"_a, "one_segment"_a, "sm_count"_a);
-  m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, py::kw_only(), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "o"_a,
-        "A_log"_a, "dt_bias"_a, "initial_state"_a, "final_state"_a, "cu_seqlens"_a, "workspace"_a, "batch"_a,
-        "tokens"_a, "heads"_a, "value_heads"_a, "sequences"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a,
-        "cu_seqlens_is_64bit"_a, "state_v_first"_a, "one_segment"_a, "gate"_a, "lower_bound"_a, "scale"_a,
-        "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a, "device"_a, "stream"_a);
+  m.def("chunk_kda_bwd_workspace_bytes", &flashkda::chunk_kda_bwd_workspace_bytes, "batch"_a, "sequences"_a, "heads"_a,
+        "value_heads"_a, "tokens"_a, "has_cu_seqlens"_a, "sm_count"_a);
+  py::class_<flashkda::ChunkKdaParams>(m, "ChunkKdaParams")
+      .def(py::init(&flashkda::chunk_kda_params), py::kw_only(), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "A_log"_a,
+           "dt_bias"_a, "initial_state"_a, "cu_seqlens"_a, "batch"_a, "tokens"_a, "heads"_a, "value_heads"_a,
+           "sequences"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "cu_seqlens_is_64bit"_a, "state_v_first"_a, "gate"_a,
+           "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a);
+  m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, "params"_a, py::kw_only(), "o"_a, "final_state"_a,
+        "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
+  m.def("chunk_kda_bwd", &flashkda::chunk_kda_backward, "params"_a, py::kw_only(), "d_o"_a, "d_final_state"_a, "dq"_a,
+        "dk"_a, "dv"_a, "dg"_a, "dbeta"_a, "dA_log"_a, "d_dt_bias"_a, "d_initial_state"_a, "workspace"_a, "device"_a,
+        "stream"_a);
 }

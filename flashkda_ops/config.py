@@ -11,7 +11,7 @@ __all__ = ["show_config"]
 
 _KERNELS = {
     "chunk_kda": "CUDA kernel for K = V = 128, bf16 or fp16 tokens, without intermediate states",
-    "chunk_kda_backward": None,
+    "chunk_kda_backward": "CUDA kernels for K = V = 128, bf16 or fp16 tokens",
     "chunk_kda_paged": "the kernel of chunk_kda, between gathering rows of the pool and scattering them",
     "recurrent_kda_paged": "CUDA kernel for K = V = 128, bf16 or fp16 tokens, fp32 V-first pool, one token a sequence",
 }
@@ -31,10 +31,5 @@ def show_config() -> None:
         reason = cuda.device_reason(device)
         print(f"{device} ({torch.cuda.get_device_name(device)}):")
         for op, kernel in _KERNELS.items():
-            if reason is not None:
-                path = f"portable path: {reason}"
-            elif kernel is None:
-                path = "portable path: no CUDA kernel yet"
-            else:
-                path = f"{kernel}; else the portable path"
+            path = f"{kernel}; else the portable path" if reason is None else f"portable path: {reason}"
             print(f"  {op}: {path}")

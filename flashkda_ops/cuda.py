@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -63,6 +64,10 @@ def _dtypes() -> dict[torch.dtype, Any]:
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Makes the device current for a launch. torch's guard costs microseconds: most calls need none."""
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _loadable(x: Tensor, elements: int = 4) -> Tensor:
@@ -177,8 +182,8 @@ def recurrent_kda_paged(
             state_indices=state_indices.data_ptr(),
             index_stride=state_indices.stride(0),
             index_is_64bit=state_indices.dtype == torch.int64,
-            A_log=0 if A_log is None else A_log.data_ptr(),
-            dt_bias=0 if dt_bias is None else dt_bias.data_ptr(),
+            A_log=_address(A_log),
+            dt_bias=_address(dt_bias),
             sequences=q.shape[0],
             heads=q.shape[2],
             value_heads=v.shape[2],
@@ -200,10 +205,17 @@ def _sm_count(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _workspace_bytes(
+def _forward_workspace_bytes(
     sequences: int, value_heads: int, tokens: int, packed: bool, one_segment: bool, sm_count: int
 ) -> int:
     return _extension().chunk_kda_fwd_workspace_bytes(sequences, value_heads, tokens, packed, one_segment, sm_count)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_workspace_bytes(
+    batch: int, sequences: int, heads: int, value_heads: int, tokens: int, packed: bool, sm_count: int
+) -> int:
+    return _extension().chunk_kda_bwd_workspace_bytes(batch, sequences, heads, value_heads, tokens, packed, sm_count)
 
 
 def _tma_view(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -240,7 +252,10 @@ def chunk_kda_reason(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> str | None:
-    """Why the prefill kernel does not serve this (valid) call, or None if it does. Reads no tensor's values."""
+    """Why the chunk kernels do not serve this (valid) call in either direction, or None if they do.
+
+    Reads no tensor's values.
+    """
     reason = _tokens_reason(q, k, v, g, beta)
     if reason is not None:
         return reason
@@ -253,6 +268,55 @@ def chunk_kda_reason(
     if tokens > 2**31 - 64 or sequences * value_heads > 2**31 - 1024:
         return f"T={tokens}, {sequences} sequences of {value_heads} heads: the kernel counts in 32 bits"
     return None
+
+
+def _chunk_params(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: KdaOptions,
+    state_v_first: bool,
+) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """What both directions read, and the tensors, some of them copies, that are to live until it is launched."""
+    extension, dtypes = _extension(), _dtypes()
+    batch, tokens, heads, _ = q.shape
+    q, q_view = _tma_view(q)
+    k, k_view = _tma_view(k)
+    v, v_view = _tma_view(v)
+    g, g_view = _tma_view(g)
+    A_log = None if A_log is None else _dense_float(A_log)
+    dt_bias = None if dt_bias is None else _dense_float(dt_bias)
+    initial_state = None if initial_state is None else _aligned(initial_state)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    params = extension.ChunkKdaParams(
+        q=q_view,
+        k=k_view,
+        v=v_view,
+        g=g_view,
+        beta=(beta.data_ptr(), *beta.stride()),
+        A_log=_address(A_log),
+        dt_bias=_address(dt_bias),
+        initial_state=_address(initial_state),
+        cu_seqlens=_address(cu_seqlens),
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        value_heads=v.shape[2],
+        sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        dtype=dtypes[q.dtype],
+        g_dtype=dtypes[g.dtype],
+        beta_dtype=dtypes[beta.dtype],
+        cu_seqlens_is_64bit=cu_seqlens is not None and cu_seqlens.dtype is torch.int64,
+        state_v_first=state_v_first,
+        **_option_arguments(options),
+    )
+    return params, (q, k, v, g, A_log, dt_bias, initial_state, cu_seqlens)
 
 
 def chunk_kda(
@@ -274,62 +338,87 @@ def chunk_kda(
 ) -> None:
     """Launches the prefill kernel on the current stream; writes o and final_state, both dense."""
     device = q.device
-    extension, dtypes = _extension(), _dtypes()
-    batch, tokens, heads, _ = q.shape
-    value_heads = v.shape[2]
+    batch, tokens, value_heads = v.shape[:3]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
-    q, q_view = _tma_view(q)
-    k, k_view = _tma_view(k)
-    v, v_view = _tma_view(v)
-    g, g_view = _tma_view(g)
-    A_log_address = dt_bias_address = initial_state_address = 0
-    if A_log is not None:
-        A_log = _dense_float(A_log)
-        A_log_address = A_log.data_ptr()
-    if dt_bias is not None:
-        dt_bias = _dense_float(dt_bias)
-        dt_bias_address = dt_bias.data_ptr()
-    if initial_state is not None:
-        initial_state = _aligned(initial_state)
-        initial_state_address = initial_state.data_ptr()
-    sequences, cu_seqlens_address, cu_seqlens_is_64bit = batch, 0, False
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous()
-        sequences, cu_seqlens_address = cu_seqlens.shape[0] - 1, cu_seqlens.data_ptr()
-        cu_seqlens_is_64bit = cu_seqlens.dtype is torch.int64
-    sm_count = _sm_count(device)
+    params, _alive = _chunk_params(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, state_v_first)
     workspace_address = 0
-    size = _workspace_bytes(sequences, value_heads, tokens, cu_seqlens is not None, batch_invariant, sm_count)
+    size = _forward_workspace_bytes(
+        sequences, value_heads, tokens, cu_seqlens is not None, batch_invariant, _sm_count(device)
+    )
     if size:
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         workspace_address = workspace.data_ptr()
 
     with _current(device):
-        extension.chunk_kda_fwd(
-            q=q_view,
-            k=k_view,
-            v=v_view,
-            g=g_view,
-            beta=(beta.data_ptr(), *beta.stride()),
+        _extension().chunk_kda_fwd(
+            params,
             o=o.data_ptr(),
-            A_log=A_log_address,
-            dt_bias=dt_bias_address,
-            initial_state=initial_state_address,
-            final_state=0 if final_state is None else final_state.data_ptr(),
-            cu_seqlens=cu_seqlens_address,
-            workspace=workspace_address,
-            batch=batch,
-            tokens=tokens,
-            heads=heads,
-            value_heads=value_heads,
-            sequences=sequences,
-            dtype=dtypes[q.dtype],
-            g_dtype=dtypes[g.dtype],
-            beta_dtype=dtypes[beta.dtype],
-            cu_seqlens_is_64bit=cu_seqlens_is_64bit,
-            state_v_first=state_v_first,
+            final_state=_address(final_state),
             one_segment=batch_invariant,
+            workspace=workspace_address,
             device=device.index,
             stream=torch._C._cuda_getCurrentRawStream(device.index),
-            **_option_arguments(options),
         )
+
+
+def chunk_kda_backward(
+    grads: Sequence[Tensor | None],
+    do: Tensor | None,
+    dht: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: KdaOptions,
+    *,
+    state_v_first: bool,
+) -> None:
+    """Launches the backward kernels on the current stream; writes grads.
+
+    grads are those of q, k, v, g, beta, A_log, dt_bias and initial_state: dense, in the dtypes of what they are of, or
+    None where they are not wanted.
+    """
+    device = q.device
+    batch, tokens, value_heads = v.shape[:3]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # A copy is freed as this returns, in the order of the current stream, where the kernels run.
+    params, _alive = _chunk_params(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, state_v_first)
+    do, do_view = _tma_view(v.new_zeros(v.shape) if do is None else do)
+    dht = None if dht is None else _aligned(dht)
+    size = _backward_workspace_bytes(
+        batch, sequences, q.shape[2], value_heads, tokens, cu_seqlens is not None, _sm_count(device)
+    )
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    dq, dk, dv, dg, dbeta, dA_log, d_dt_bias, d_initial_state = grads
+    # The kernels write sums over tokens in fp32.
+    A_log_sums, dt_bias_sums = (
+        x if x is None or x.dtype is torch.float32 else torch.empty_like(x, dtype=torch.float32)
+        for x in (dA_log, d_dt_bias)
+    )
+
+    with _current(device):
+        _extension().chunk_kda_bwd(
+            params,
+            d_o=do_view,
+            d_final_state=_address(dht),
+            dq=_address(dq),
+            dk=_address(dk),
+            dv=_address(dv),
+            dg=_address(dg),
+            dbeta=_address(dbeta),
+            dA_log=_address(A_log_sums),
+            d_dt_bias=_address(dt_bias_sums),
+            d_initial_state=_address(d_initial_state),
+            workspace=workspace.data_ptr(),
+            device=device.index,
+            stream=torch._C._cuda_getCurrentRawStream(device.index),
+        )
+    for x, sums in ((dA_log, A_log_sums), (d_dt_bias, dt_bias_sums)):
+        if x is not None and sums is not None and x is not sums:
+            x.copy_(sums)

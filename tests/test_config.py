@@ -104,3 +104,66 @@ def test_the_decode_kernel_is_chosen_by_shape_and_dtype_alone(
 def test_cpu_tensors_take_the_portable_path_for_a_reason() -> None:
     reason = cuda.recurrent_kda_paged_reason(**decode_call(q=torch.empty(3, 1, 2, 128, dtype=torch.bfloat16)))
     assert reason is not None and reason == cuda.device_reason(torch.device("cpu"))
+
+
+def chunk_call(**changes: Any) -> dict[str, Any]:
+    """A call that the chunk kernels serve, on meta tensors."""
+    call = {
+        "q": meta(2, 70, 2, 128), "k": meta(2, 70, 2, 128), "v": meta(2, 70, 4, 128), "g": meta(2, 70, 4, 128),
+        "beta": meta(2, 70, 4), "A_log": None, "dt_bias": None, "initial_state": None, "cu_seqlens": None,
+    }  # fmt: skip
+    return call | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"g": meta(2, 70, 4, 128, dtype=torch.float32), "beta": meta(2, 70, 4, dtype=torch.float32)}, None),
+        ({"initial_state": meta(2, 4, 128, 128, dtype=torch.float32)}, None),
+        ({"q": meta(2, 70, 2, 64)}, "K=64"),
+        ({"v": meta(2, 70, 4, 64)}, "V=64"),
+        ({"q": meta(2, 70, 2, 128, dtype=torch.float32)}, "float32"),
+        ({"initial_state": meta(2, 4, 128, 128)}, "bfloat16"),
+        ({name: meta(2, 0, 4, 128) for name in "qkvg"}, "empty"),
+    ],
+)
+def test_the_chunk_kernels_are_chosen_by_shape_and_dtype_alone(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str | None
+) -> None:
+    monkeypatch.setattr(cuda, "device_reason", lambda device: None)
+    actual = cuda.chunk_kda_reason(**chunk_call(**changes))
+    assert actual is None if reason is None else reason in actual
+
+
+TILE = 64
+STATE_BYTES, SUM_BYTES = 2 * 128 * 128, 4 * (128 + 1)
+
+
+def backward_workspace(T: int, *, B: int = 1, N: int | None = None, H: int = 2, HV: int = 2) -> int:
+    loaded, status = cuda.extension_status()
+    if not loaded:
+        pytest.skip(status)
+    return cuda._backward_workspace_bytes(B, B if N is None else N, H, HV, T, N is not None, 132)
+
+
+@pytest.mark.parametrize("T", [1, 64, 65, 8192])
+def test_the_backward_workspace_is_two_states_and_the_partial_sums_of_every_tile(T: int) -> None:
+    tiles = 3 * -(-T // TILE)
+    size = backward_workspace(T, B=3)
+    assert 0 <= size - tiles * 2 * (2 * STATE_BYTES + SUM_BYTES) < 4 * 128
+
+
+@pytest.mark.parametrize("lengths", [[1] * 64, [0, 0, 200], [65, 65, 65, 5], [64, 64], [1, 63, 64, 65, 127, 128, 0]])
+def test_the_backward_workspace_has_room_for_the_tiles_of_any_sequences(lengths: list[int]) -> None:
+    tiles = sum(-(-length // TILE) for length in lengths)
+    assert backward_workspace(sum(lengths), N=len(lengths)) >= tiles * 2 * (2 * STATE_BYTES + SUM_BYTES)
+
+
+def test_grouped_value_heads_need_fp32_gradients_of_q_and_k_for_each() -> None:
+    assert backward_workspace(100, H=2, HV=6) - backward_workspace(100, H=6, HV=6) == 2 * 100 * 6 * 128 * 4
+
+
+def test_the_backward_workspace_grows_linearly_with_the_tokens() -> None:
+    dense = [backward_workspace(T, H=8, HV=8) for T in (1024, 2048, 4096)]
+    assert dense[2] - dense[1] == 2 * (dense[1] - dense[0])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from flashkda_ops import portable
+from flashkda_ops import cuda, portable
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import require, require_shape, validate_state, validate_tokens
 
@@ -79,8 +79,20 @@ def _kept(grads: Sequence[Tensor | None], a: Arguments) -> _Gradients:
 def op(*args: Any) -> _Gradients:
     a = Arguments(*args)
     _validate(a)
-    grads = portable.chunk_kda_backward(*a[:11], KdaOptions.of(a), state_v_first=a.state_v_first)
-    return _kept(grads, a)
+    return _kept(_compute(a), a)
+
+
+def _compute(a: Arguments) -> Sequence[Tensor | None]:
+    """By the kernels where they serve the call, else on the portable path."""
+    options = KdaOptions.of(a)
+    if not a.q.is_cuda or cuda.chunk_kda_reason(*a[2:11]) is not None:
+        return portable.chunk_kda_backward(*a[:11], options, state_v_first=a.state_v_first)
+    grads = [
+        x.new_empty(x.shape) if wanted and x is not None else None
+        for x, wanted in zip(a[2:10], a.output_mask, strict=True)
+    ]
+    cuda.chunk_kda_backward(grads, *a[:11], options, state_v_first=a.state_v_first)
+    return grads
 
 
 @op.register_fake

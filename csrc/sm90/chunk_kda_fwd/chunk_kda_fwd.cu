@@ -9,9 +9,6 @@
 namespace flashkda {
 namespace {
 
-using chunk_kda_fwd::kPlanThreads;
-using chunk_kda_fwd::plan_kernel;
-
 template <typename T, typename G, bool kBounded>
 cudaError_t launch_scans(const ChunkKdaFwdParams& p, cudaStream_t stream) {
   const chunk_kda_fwd::Plan plan =
@@ -41,15 +38,7 @@ cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& p, cudaStream_t stream
   if (p.dtype == Dtype::kFloat32 || (p.g_dtype != p.dtype && p.g_dtype != Dtype::kFloat32))
     return cudaErrorInvalidValue;
   if (p.cu_seqlens) {
-    char* workspace = static_cast<char*>(p.workspace);
-    if (p.cu_seqlens_is_64bit) {
-      plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, int(p.tokens),
-                                                  workspace);
-    } else {
-      plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, int(p.tokens),
-                                                  workspace);
-    }
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = chunk_kda_fwd::launch_plan(p, static_cast<char*>(p.workspace), nullptr, 0, stream);
     if (error != cudaSuccess) return error;
   }
   return p.dtype == Dtype::kBFloat16 ? launch_dtype<__nv_bfloat16>(p, stream) : launch_dtype<__half>(p, stream);

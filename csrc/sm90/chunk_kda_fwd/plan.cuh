@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
+#include "params.h"
 #include "sm90/chunk_kda_fwd/config.h"
 
 namespace flashkda::chunk_kda_fwd {
@@ -18,11 +21,35 @@ __device__ __forceinline__ int length_class(int length) {
   return kLengthClasses - 1 - rank;
 }
 
+// running[i] = op over value(0) .. value(i), for i < count. One block, which is in step afterwards. Values are not
+// negative; 0 changes nothing.
+template <typename Value, typename Op>
+__device__ __forceinline__ void running_totals(int* running, int count, int (&warp_values)[32], Value value, Op op) {
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  int carry = 0;
+  for (int first = 0; first < count; first += kPlanThreads) {
+    const int i = first + thread;
+    int x = i < count ? value(i) : 0;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, x, offset);
+      if (lane >= offset) x = op(x, other);
+    }
+    if (lane == 31) warp_values[warp] = x;
+    __syncthreads();
+    for (int w = 0; w < warp; ++w) x = op(x, warp_values[w]);
+    x = op(x, carry);
+    for (int w = 0; w < 32; ++w) carry = op(carry, warp_values[w]);
+    if (i < count) running[i] = x;
+    __syncthreads();
+  }
+}
+
 // One block. Offsets are clamped to [0, tokens] and made never to decrease, so that no sequence has a row outside the
 // tensor or shares one; sequences are sorted by class (their order inside one depends on timing and moves no result).
+// tile_offsets, [sequences + 1]: tiles of tile_tokens before each sequence, where it is not null.
 template <typename Offset>
-__global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(const Offset* cu_seqlens, int sequences, int tokens, char* workspace) {
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const Offset* cu_seqlens, int sequences, int tokens,
+                                                            char* workspace, int* tile_offsets, int tile_tokens) {
   __shared__ int warp_values[32];
   __shared__ int starts[kLengthClasses];
   cudaTriggerProgrammaticLaunchCompletion();
@@ -33,26 +60,16 @@ __global__ void __launch_bounds__(kPlanThreads)
   if (thread == 0) *reinterpret_cast<int*>(workspace + layout.ticket) = 0;
   if (thread < kLengthClasses) starts[thread] = 0;
 
-  // Running maximum.
-  int carry = 0;
-  for (int first = 0; first <= sequences; first += kPlanThreads) {
-    const int i = first + thread;
-    int x = 0;
-    if (i <= sequences) {
-      const Offset given = cu_seqlens[i];
-      x = given < 0 ? 0 : given > tokens ? tokens : int(given);
-    }
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, x, offset);
-      if (lane >= offset) x = max(x, other);
-    }
-    if (lane == 31) warp_values[warp] = x;
-    __syncthreads();
-    for (int w = 0; w < warp; ++w) x = max(x, warp_values[w]);
-    x = max(x, carry);
-    for (int w = 0; w < 32; ++w) carry = max(carry, warp_values[w]);
-    if (i <= sequences) offsets[i] = x;
-    __syncthreads();
+  const auto clamped = [&](int i) {
+    const Offset given = cu_seqlens[i];
+    return given < 0 ? 0 : given > tokens ? tokens : int(given);
+  };
+  running_totals(offsets, sequences + 1, warp_values, clamped, [](int a, int b) { return max(a, b); });
+  if (tile_offsets) {
+    const auto tiles_before = [&](int i) {
+      return i == 0 ? 0 : (offsets[i] - offsets[i - 1] + tile_tokens - 1) / tile_tokens;
+    };
+    running_totals(tile_offsets, sequences + 1, warp_values, tiles_before, [](int a, int b) { return a + b; });
   }
 
   // Counting sort.
@@ -79,6 +96,18 @@ __global__ void __launch_bounds__(kPlanThreads)
   for (int i = thread; i < sequences; i += kPlanThreads) {
     order[atomicAdd(&starts[length_class(offsets[i + 1] - offsets[i])], 1)] = i;
   }
+}
+
+inline cudaError_t launch_plan(const ChunkKdaParams& p, char* workspace, int* tile_offsets, int tile_tokens,
+                               cudaStream_t stream) {
+  if (p.cu_seqlens_is_64bit) {
+    plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, int(p.tokens),
+                                                workspace, tile_offsets, tile_tokens);
+  } else {
+    plan_kernel<<<1, kPlanThreads, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, int(p.tokens),
+                                                workspace, tile_offsets, tile_tokens);
+  }
+  return cudaGetLastError();
 }
 
 }  // namespace flashkda::chunk_kda_fwd
