@@ -196,18 +196,6 @@ def test_paged_prefill_equals_prefill_on_the_rows_of_its_pool() -> None:
     assert torch.equal(pool[[2, 3, 4, 6]], before[[2, 3, 4, 6]])
 
 
-def test_training_goes_through_the_kernel_and_matches_the_reference() -> None:
-    call = kernel_call(100, gate="bounded")
-    leaves = {name: call[name].clone().requires_grad_() for name in (*TOKENS, "A_log", "dt_bias", "initial_state")}
-    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
-    o, state = flashkda_ops.chunk_kda(**call | leaves, output_final_state=True)
-    do, dht = torch.randn_like(o), torch.randn_like(state)
-    grads = torch.autograd.grad((o, state), leaves.values(), (do, dht))
-    expected = torch.autograd.grad(reference(call | exact), exact.values(), (do.double(), dht.double()))
-    for name, grad, reference_grad in zip(leaves, grads, expected, strict=True):
-        assert error(grad, reference_grad) < TOLERANCE, name
-
-
 def test_one_compiled_callable_serves_differing_sequences() -> None:
     call = kernel_call(256, cu_seqlens=[0, 60, 100, 256])
     options = {name: x for name, x in call.items() if name not in TOKENS}
