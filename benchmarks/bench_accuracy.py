@@ -1,7 +1,8 @@
-"""How far the prefill kernel and fla's are from the recurrence in fp64, on the same bf16 inputs.
+"""How far the chunk kernels and fla's are from the recurrence in fp64, on the same bf16 inputs.
 
 K = V = 128, with the fp32 initial and final state. Errors are ``||x - ref|| / ||ref||`` of the output and of the final
-state: over the whole tensor, and of the worst head.
+state, over the whole tensor and of the worst head; and of each gradient over the whole tensor, from random cotangents
+of both, up to T = 16384.
 
     python benchmarks/bench_accuracy.py
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import error, recurrence, version, write
+from common import error, recurrence, recurrence_gradients, use_first_configurations, version, write
 
 import flashkda_ops
 
@@ -70,23 +71,29 @@ CASES: dict[str, dict[str, Any]] = {
     "unbounded gate, slow": {"lower_bound": None, "shift": -8.0},
     "nearly parallel keys, fast gates": {"noise": 0.02, "beta": 4.0},
     "nearly parallel keys, slow gates": {"noise": 0.02, "beta": 4.0, "shift": -8.0},
+    "T=16384, fast gates": {"T": 16384},
+    "T=16384, slow gates": {"T": 16384, "shift": -8.0},
     "T=65536, fast gates": {"T": 65536},
     "T=65536, slow gates": {"T": 65536, "shift": -8.0},
     "alpha near 1, beta near 2": {"shift": -8.0, "beta": 6.0, "allow_neg_eigval": True},
 }
 
 
-def fla_chunk_kda() -> Callable[..., Any] | None:
-    """fla's Triton kernels, each with its first configuration: accuracy needs no minutes of autotuning."""
-    try:
-        import triton
+LONGEST_GRADIENTS = 16384
+DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
-        autotune = triton.autotune
-        triton.autotune = lambda configs, *args, **kwargs: autotune(configs[:1], *args, **kwargs)
+
+def fla_chunk_kda() -> Callable[..., Any] | None:
+    try:
         from fla.ops.kda import chunk_kda
     except ImportError:
         return None
-    return chunk_kda
+    use_first_configurations("fla")
+
+    def with_flat_bias(*, dt_bias: torch.Tensor, **call: Any) -> Any:  # fla's backward returns a flat gradient
+        return chunk_kda(**call, dt_bias=dt_bias.flatten(), safe_gate=call["lower_bound"] is not None)
+
+    return with_flat_bias
 
 
 def main() -> None:
@@ -98,10 +105,13 @@ def main() -> None:
         start = time.perf_counter()
         call = case(**options)
         expected = recurrence(call)
+        do, dht = torch.randn_like(call["v"]), torch.randn_like(call["initial_state"])
+        with_gradients = call["v"].shape[1] <= LONGEST_GRADIENTS
+        expected_gradients = recurrence_gradients(call, do, dht) if with_gradients else {}
         for impl, function in impls.items():
-            fast_path = {"safe_gate": True} if impl == "fla" and call["lower_bound"] else {}
-            with torch.no_grad():
-                o, state = function(**call, **fast_path)[:2]
+            leaves = {name: call[name].detach().requires_grad_(with_gradients) for name in DIFFERENTIABLE}
+            outputs = function(**call | leaves)[:2]
+            o, state = (x.detach() for x in outputs)
             heads = range(o.shape[2])
             row = {
                 "shape": name,
@@ -111,6 +121,10 @@ def main() -> None:
                 "state_error": error(state, expected[1]),
                 "state_error_worst_head": max(error(state[:, h], expected[1][:, h]) for h in heads),
             }
+            if with_gradients:
+                grads = torch.autograd.grad(outputs, list(leaves.values()), (do, dht))
+                for argument, grad in zip(leaves, grads, strict=True):
+                    row[f"d{argument}"] = error(grad, expected_gradients[argument])
             rows.append(row)
             values = " ".join(f"{value:.2e}" for value in list(row.values())[2:])
             print(f"{name:34} {impl:13} {values}  {time.perf_counter() - start:5.1f} s", flush=True)

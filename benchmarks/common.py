@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
-from flashkda_ops.reference import beta_activation, l2norm, log_decay
+from flashkda_ops.reference import beta_activation, l2norm, log_decay, recurrent_kda_reference
 
 RESULTS = Path(__file__).parent / "results"
 Calls = Mapping[str, Callable[[], object]]
@@ -127,6 +130,39 @@ def recurrence(call: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     outputs = o.unflatten(1, (N, H)).unbind(1)
     o = torch.cat([x[:length] for x, length in zip(outputs, lengths, strict=True)])
     return o.unsqueeze(0), S.unflatten(0, (N, H))
+
+
+def recurrence_gradients(call: Mapping[str, Any], do: torch.Tensor, dht: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of all that :func:`recurrence` reads, of one sequence, by autograd through
+    ``recurrent_kda_reference`` in fp64; a few hundred tokens' states are kept at a time."""
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+    leaves = {name: call[name].double().requires_grad_() for name in names}
+    keywords = inspect.signature(recurrent_kda_reference).parameters
+    options = {name: x for name, x in call.items() if name in keywords and name not in names}
+
+    def steps(state: torch.Tensor, *tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate = {name: leaves[name] for name in ("A_log", "dt_bias")}
+        return recurrent_kda_reference(*tokens, **gate, initial_state=state, **options)
+
+    state, outputs = leaves["initial_state"], []
+    for tokens in zip(*(leaves[name].split(256, 1) for name in names[:5]), strict=True):
+        o, state = checkpoint(steps, state, *tokens, use_reentrant=False)
+        outputs.append(o)
+    given = (do.double(), dht.double())
+    grads = torch.autograd.grad((torch.cat(outputs, 1), state), list(leaves.values()), given)
+    return dict(zip(names, grads, strict=True))
+
+
+def use_first_configurations(package: str) -> None:
+    """Have the Triton kernels of an imported package skip autotuning: accuracy needs none of its minutes."""
+    from triton.runtime.autotuner import Autotuner
+
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == package]:
+        for kernel in vars(module).values():
+            while hasattr(kernel, "fn"):
+                if isinstance(kernel, Autotuner):
+                    kernel.configs = kernel.configs[:1]
+                kernel = kernel.fn
 
 
 def copy_gb_s() -> float:

@@ -86,6 +86,45 @@ def accuracy() -> str:
     return table(header, rows) + source(record)
 
 
+def gradients() -> str:
+    """A case a row: the error of each gradient."""
+    record = load("accuracy-h100")
+    keys = ("dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias", "dinitial_state")
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if keys[0] in row:
+            cells.setdefault(row["shape"], {})[row["impl"]] = row
+    rows = [
+        [case, *(f"{impls['flashkda_ops'][key]:.1e} / {impls['fla'][key]:.1e}" for key in keys)]
+        for case, impls in cells.items()
+    ]
+    return table(["ours / fla's", *keys], rows) + source(record)
+
+
+def training() -> str:
+    """A shape and regime a row: forward and backward, this project's, each peer's and their ratio."""
+    record = load("training-h100")
+    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if "failed" not in row:
+            cells.setdefault((row["shape"], row["regime"]), {})[row["impl"]] = row
+    rows = []
+    for (shape, regime), impls in cells.items():
+        ours = impls["flashkda_ops"]
+        line = [shape, regime]
+        for key in ("fwd_us", "bwd_us", "fwd_bwd_us"):
+            line.append(f"{ours[key]:.0f}")
+            line.append(f"{impls['fla'][key]:.0f} ({impls['fla'][key] / ours[key]:.2f}x)" if "fla" in impls else "")
+        plain, peer = impls.get("flashkda_ops (plain)"), impls.get("cudnn")
+        line += [f"{plain['bwd_us']:.0f}", f"{peer['bwd_us']:.0f}"] if plain and peer else ["", ""]
+        line += [f"{impls[impl]['peak_gib']:.2f}" if impl in impls else "" for impl in ("flashkda_ops", "fla")]
+        rows.append(line)
+    fla = f"fla {record['peers']['fla']}"
+    header = ["shape", "gates", *(x for what in ("forward", "backward", "both") for x in (f"{what}, us", fla))]
+    header += ["backward without fusions, us", f"cuDNN {record['peers']['cudnn']}", "peak, GiB", fla]
+    return table(header, rows) + source(record)
+
+
 def portable() -> str:
     record = load("portable-cpu")
     rows = [
@@ -105,7 +144,7 @@ def example(name: str) -> str:
     return f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text()}```\n"
 
 
-TABLES = {table.__name__: table for table in (prefill, decode, accuracy, portable, host)}
+TABLES = {table.__name__: table for table in (prefill, decode, training, accuracy, gradients, portable, host)}
 
 
 def fill(match: re.Match[str]) -> str:
