@@ -2,7 +2,8 @@
 
 The train step is compiled with ``fullgraph=True``: forward, loss, backward and optimizer. Documents are packed: ``T``
 tokens a step, their boundaries in ``cu_seqlens``, which changes at every step and recompiles nothing. Prompts are then
-prefilled into a pool of states and decoded from there, on a GPU in a CUDA graph. Needs no download.
+prefilled into a pool of states and decoded from there. On a GPU the train step and decoding are CUDA graphs. Needs no
+download.
 """
 
 from __future__ import annotations
@@ -150,6 +151,25 @@ def make_train_step(model: KdaLM, compile: Compile) -> Callable[..., Tensor]:
     )
     loss_fn, update = compile(model.loss), compile(adamw_)
     return train_step
+
+
+def captured(train_step: Callable[..., Tensor], *example: Tensor) -> Callable[..., Tensor]:
+    """The same step replayed from a CUDA graph, optimizer included. It must have run before, to be compiled and warm.
+
+    A replay reads its inputs where ``example`` lies during the capture; ``cu_seqlens`` among them may change freely.
+    """
+    inputs = [x.clone() for x in example]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = train_step(*inputs)
+
+    def replay(*arguments: Tensor) -> Tensor:
+        for static, x in zip(inputs, arguments, strict=True):
+            static.copy_(x)
+        graph.replay()
+        return loss.clone()
+
+    return replay
 
 
 def schedule(step: int, plan: Plan) -> float:
@@ -319,6 +339,8 @@ def train(model: KdaLM, plan: Plan, compile: Compile, seed: int, device: torch.d
     scalars = [torch.tensor([schedule(i, plan), i + 1.0], device=device) for i in range(plan.steps)]
     before, start = evaluate(), time.perf_counter()
     losses = [train_step(*next(batches), *scalars[0])]
+    if device.type == "cuda":
+        train_step = captured(train_step, *next(batches), *scalars[0])
     synchronize(device)
     print(f"train step compiled in {time.perf_counter() - start:.0f} s")
 

@@ -1,0 +1,154 @@
+"""The demo's train step on a GPU, optimizer included: eager, compiled with ``fullgraph=True``, and captured in a CUDA
+graph whose ``cu_seqlens`` change at every replay; beside the same model around fla's eager layer.
+
+The model, sizes and data are those of ``examples/train_and_generate.py``. First every variant trains for ``--steps``
+steps from the same weights on the same batches, and its loss curve is held against that of the eager kernels: 1e-3 for
+the kernels compiled and captured, 2e-2 for the portable path, of the greatest difference at a step. Then their
+speeds are taken, variants alternating.
+
+    python benchmarks/bench_train_step.py [--impls flashkda_ops "flashkda_ops (captured)"] [--steps 300]
+
+fla's autotuner takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from unittest import mock
+
+import torch
+from common import cpu_us, version, write
+from torch import Tensor, nn
+
+from flashkda_ops import cuda
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from kda_lm import Config, KdaLM
+from train_and_generate import GPU_PLAN, Batch, captured, make_train_step, packed, schedule, standard_library
+
+DEVICE = torch.device("cuda")
+STEPS_PER_SAMPLE = 10
+CURVE_LIMITS = {
+    "flashkda_ops (compiled)": 1e-3,
+    "flashkda_ops (captured)": 1e-3,
+    "flashkda_ops (compiled, captured)": 1e-3,
+    "flashkda_ops (portable)": 2e-2,
+}
+IMPLS = ("flashkda_ops", *CURVE_LIMITS, "fla")
+
+Step = Callable[..., Tensor]
+
+
+class FlaAttention(nn.Module):
+    """fla's layer in the place of ``KimiDeltaAttention``: the same sizes, gates, norms and convolutions."""
+
+    def __init__(self, config: Config) -> None:
+        from fla.layers import KimiDeltaAttention
+
+        super().__init__()
+        self.layer = KimiDeltaAttention(
+            config.hidden_size, head_dim=config.head_dim, num_heads=config.num_heads, conv_size=config.conv_size,
+            safe_gate=True, lower_bound=-5.0,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, state_indices: None) -> Tensor:
+        with torch.autocast(x.device.type, x.dtype):
+            return self.layer(x, cu_seqlens=cu_seqlens)[0]
+
+
+def without_empty_sequences(batch: Batch) -> Batch:
+    """For fla, whose outputs are undefined past the last sequence."""
+    ends = batch.cu_seqlens.unique_consecutive().long()
+    ends[-1] = batch.tokens.shape[1]
+    return batch._replace(cu_seqlens=ends)
+
+
+def on_path(impl: str) -> AbstractContextManager[object]:
+    """Where the calls of ``impl`` run: ops taken to the portable path for the comparison, or as they are."""
+    if impl != "flashkda_ops (portable)":
+        return nullcontext()
+    return mock.patch.object(cuda, "chunk_kda_reason", lambda *arguments: "for comparison")
+
+
+def make_step(impl: str) -> Step:
+    torch.manual_seed(0)
+    with DEVICE:
+        model = KdaLM(GPU_PLAN.model)
+        if impl == "fla":
+            for block in model.layers:
+                block.attn = FlaAttention(GPU_PLAN.model)
+
+    def compile(fn: Step) -> Step:
+        return torch.compile(fn, fullgraph=True, dynamic=False) if "compiled" in impl else fn
+
+    return make_train_step(model, compile)
+
+
+def train(impl: str, inputs: Iterator[tuple[Tensor, ...]]) -> tuple[Step, list[float]]:
+    """The step after it has consumed the inputs, and the losses."""
+    first = next(inputs)
+    step = make_step(impl)
+    losses = [step(*first)]
+    if "captured" in impl:
+        step = captured(step, *first)
+    losses += [step(*x) for x in inputs]
+    return step, [float(loss) for loss in losses]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The demo's train step")
+    parser.add_argument("--impls", nargs="+", default=IMPLS, choices=IMPLS, metavar="IMPL", help=", ".join(IMPLS))
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    if reason := cuda.device_reason(torch.device(DEVICE.type, 0)):
+        sys.exit(f"flashkda_ops has no kernels here: {reason}")
+
+    plan = replace(GPU_PLAN, steps=args.steps)
+    batches = list(islice(packed(standard_library()[0], plan, DEVICE, seed=0), plan.steps))
+    scalars = [torch.tensor([schedule(i, plan), i + 1.0], device=DEVICE).unbind() for i in range(plan.steps)]
+    inputs = {"fla": [(*without_empty_sequences(batch), *x) for batch, x in zip(batches, scalars, strict=True)]}
+    ours = [(*batch, *x) for batch, x in zip(batches, scalars, strict=True)]
+
+    rows: dict[str, dict[str, object]] = {}
+    samples: dict[str, Callable[[], None]] = {}
+    curves: dict[str, list[float]] = {}
+    for impl in args.impls:
+        with on_path(impl):
+            step, curves[impl] = train(impl, iter(inputs.get(impl, ours)))
+        rows[impl] = {"impl": impl, "first_loss": curves[impl][0], "last_loss": curves[impl][-1]}
+        more = cycle(inputs.get(impl, ours))
+
+        def sample(impl: str = impl, step: Step = step, more: Iterator[tuple[Tensor, ...]] = more) -> None:
+            with on_path(impl):
+                for x in islice(more, STEPS_PER_SAMPLE):
+                    step(*x)
+            torch.cuda.synchronize()
+
+        samples[impl] = sample
+        print(f"{impl:34} loss {curves[impl][0]:.4f} to {curves[impl][-1]:.4f}", flush=True)
+
+    for impl, (us, spread) in cpu_us(samples, runs=20).items():
+        speed = STEPS_PER_SAMPLE * plan.tokens_per_step / us * 1e6
+        rows[impl] |= {"step_us": round(us / STEPS_PER_SAMPLE, 1), "tokens_s": round(speed), "spread": round(spread, 4)}
+        print(f"{impl:34} {us / STEPS_PER_SAMPLE:9.0f} us a step, {speed:12,.0f} tokens/s")
+    apart = []
+    for impl, limit in CURVE_LIMITS.items():
+        if impl in curves and "flashkda_ops" in curves:
+            difference = max(abs(a - b) for a, b in zip(curves[impl], curves["flashkda_ops"], strict=True))
+            rows[impl]["loss_difference"] = difference
+            print(f"{impl:34} loss curve within {difference:.1e} of eager's")
+            if not difference <= limit:
+                apart.append(f"{impl}: {difference:.1e}, at most {limit:.0e}")
+    print(write("train_step", list(rows.values()), peers={"fla": version("fla-core")}))
+    if apart:
+        sys.exit("loss curves apart: " + "; ".join(apart))
+
+
+if __name__ == "__main__":
+    main()
