@@ -125,6 +125,17 @@ def training() -> str:
     return table(header, rows) + source(record)
 
 
+def train_step() -> str:
+    record = load("train_step-h100")
+    rows = [
+        [row["impl"], f"{row['step_us']:.0f}", f"{row['tokens_s']:,}"]
+        + [f"{row[key]:.1e}" if key in row else "" for key in ("loss_difference", "loss_difference_at_a_step")]
+        for row in record["rows"]
+    ]
+    header = ["the demo's train step", "us", "tokens/s", "loss curve from eager's", "at a step"]
+    return table(header, rows) + source(record)
+
+
 def portable() -> str:
     record = load("portable-cpu")
     rows = [
@@ -144,7 +155,9 @@ def example(name: str) -> str:
     return f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text()}```\n"
 
 
-TABLES = {table.__name__: table for table in (prefill, decode, training, accuracy, gradients, portable, host)}
+TABLES = {
+    table.__name__: table for table in (prefill, decode, training, train_step, accuracy, gradients, portable, host)
+}
 
 
 def fill(match: re.Match[str]) -> str:
