@@ -207,4 +207,13 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t* a, cute::G
                         cute::make_int_sequence<32>{}, &scale, cute::int_sequence<0>{});
 }
 
+// D[64 x 64] (+)= A[64 x 16] B[16 x 64], both in shared memory.
+template <cute::SM90::GMMA::Major kMajorA, cute::SM90::GMMA::Major kMajorB>
+__device__ __forceinline__ void wgmma_shared(float (&d)[32], cute::GmmaDescriptor a, cute::GmmaDescriptor b,
+                                             cute::SM90::GMMA::ScaleOut scale) {
+  using Mma = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<kMajorA, kMajorB>;
+  cute::detail::explode(Mma::fma, &a.desc_, cute::int_sequence<0>{}, &b.desc_, cute::int_sequence<0>{}, d,
+                        cute::make_int_sequence<32>{}, &scale, cute::int_sequence<0>{});
+}
+
 }  // namespace flashkda

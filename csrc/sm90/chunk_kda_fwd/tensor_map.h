@@ -26,9 +26,9 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// Boxes of 16 tokens x 128 bytes of one head, in the 128-byte swizzle. Tokens past the end of the tensor read as zero.
+// Boxes of `box_tokens` tokens x 128 bytes of one head, in the 128-byte swizzle. Tokens past the end of the tensor read as zero.
 inline bool encode_tiles(CUtensorMap* map, const void* base, CUtensorMapDataType type, int element_bytes, int batch,
-                         int64_t tokens, int heads, const BatchedStrides& stride) {
+                         int64_t tokens, int heads, const BatchedStrides& stride, int box_tokens) {
   const auto encoder = tensor_map_encoder();
   if (!encoder) return false;
   const cuuint64_t sizes[4] = {kHeadDim, cuuint64_t(std::max<int64_t>(tokens, 1)), cuuint64_t(heads),
@@ -39,7 +39,7 @@ inline bool encode_tiles(CUtensorMap* map, const void* base, CUtensorMapDataType
   };
   const cuuint64_t strides[3] = {bytes(stride.token, sizes[1]), bytes(stride.head, sizes[2]),
                                  bytes(stride.batch, sizes[3])};
-  const cuuint32_t box[4] = {cuuint32_t(128 / element_bytes), kChunk, 1, 1};
+  const cuuint32_t box[4] = {cuuint32_t(128 / element_bytes), cuuint32_t(box_tokens), 1, 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   return encoder(map, type, 4, const_cast<void*>(base), sizes, strides, box, element_strides,
                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -1,0 +1,1324 @@
+// The gradients of a tile of 64 tokens of one value head, from the state S that enters it and the gradient dS' of the
+// state that leaves it. Tiles are independent; one block a multiprocessor works through them.
+//
+// With G the cumulative log decay inside the tile, decays between tokens taken as exp(G_i - G_j), k and q normalised
+// and q scaled, L = strict_lower(diag(beta) N), P and N the decayed products of q and of k with earlier k:
+//
+//   W  = V - Kd S^T         Kd = k exp(G)               (I + L) U = diag(beta) W
+//   dU = P^T dO + Kr dS'^T  Kr = k exp(G_last - G)      (I + L)^T Y = dU
+//   dV = dW = diag(beta) Y        dP = lower(dO U^T)    dN = -diag(beta) strict_lower(Y U^T)
+//   dbeta = rowsum(Y * W) - rowsum(strict_lower(Y U^T) * N)
+//   dq = exp(G) * dO S + sum over j <= i of dP_ij decay_ij k_j
+//   dk = up + down    up   = -exp(G) * dW S + sum over j < i of dN_ij decay_ij k_j
+//                     down = exp(G_last - G) * U dS' + sum over i > j of decay_ij (dN_ij k_i + dP_ij q_i)
+//   dG = q dq + k up - k down, the last row + colsum(Kr * U dS') + exp(G_last) colsum(dS' * S)
+//   dg = reverse cumulative sum of dG
+//
+// Everything is transposed, as in the forward scan: rows of a product are channels (of V, then of K), columns tokens.
+// A warp owns 16 channels of every token, so that both solves, the sums over tokens and the products inside the tile
+// stay in its registers.
+//
+// Decays inside the tile are split at a token between the two, so that both factors are at most 1: at the middle of
+// the tile (level 1), of its halves (level 2), and inside the four blocks of 16 tokens at their middle (level 3, where
+// both factors stay in range). Of a pair of tokens the later is a row, the earlier a column. The products with dP and
+// dN use the same rounded factors on both sides, so that what a pair adds to dG of one token it takes from the other's
+// exactly, and the cumulative sums cancel as they should.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <atomic>
+#include <type_traits>
+
+#include "common/hopper.cuh"
+#include "common/math.cuh"
+#include "sm90/chunk_kda_bwd/config.h"
+#include "sm90/chunk_kda_bwd/launch.h"
+#include "sm90/chunk_kda_fwd/tensor_map.h"
+
+namespace flashkda::chunk_kda_bwd {
+
+constexpr int kMathThreads = 256;
+constexpr int kGradientThreads = kMathThreads + 128;
+constexpr int kMathRegisters = 232;
+constexpr int kHelperRegisters = 48;
+
+// Operands are [64 tokens][64 channels] of 16 bits, two for a head, in the 128-byte swizzle.
+constexpr int kHalfBytes = 8192;
+constexpr int kTensorBytes = 2 * kHalfBytes;
+constexpr int kBlockBytes = 2048;  // 16 tokens of a half
+constexpr int kBlocks = 4;
+
+// g of 32 bits has two tensors' bytes, of which the first is v's: v comes when g has been read.
+template <typename G>
+struct GradientLayout {
+  static constexpr bool kWideGate = sizeof(G) == 4;
+  static constexpr int kStates = 0;
+  static constexpr int kStateGradients = kStates + kStateBytes;
+  static constexpr int kQuery = kStateGradients + kStateBytes;
+  static constexpr int kKey = kQuery + kTensorBytes;
+  static constexpr int kValue = kKey + kTensorBytes;
+  static constexpr int kGate = kWideGate ? kValue : kValue + kTensorBytes;
+  static constexpr int kOutputGradient = kValue + 2 * kTensorBytes;
+  static constexpr int kWork = kOutputGradient + kTensorBytes;  // three tensors that change their meaning
+  static constexpr int kScores = kWork + 3 * kTensorBytes;      // bf16 [64][64] of 128 bytes, swizzled: P, then dP
+  static constexpr int kSystem = kScores + kHalfBytes;          // the same: -L and inverses on the diagonal, then dN
+  static constexpr int kSolve = kSystem + kHalfBytes;           // fp32 [4][kSolveStride]: diagonal blocks of L
+  static constexpr int kSolveStride = 1088;                     // bytes, 16 banks apart
+  static constexpr int kKeyNorm = kSolve + kBlocks * kSolveStride;  // fp32 [64] each
+  static constexpr int kQueryNorm = kKeyNorm + 4 * kTile;
+  static constexpr int kBeta = kQueryNorm + 4 * kTile;
+  static constexpr int kBetaSlots = kBeta + 4 * kTile;          // fp32 [4][64]: rowsum(dL * N), by level and column
+  static constexpr int kSums = kBetaSlots + 4 * 4 * kTile;      // fp32 [3][8 warps][64]: q dq, k dk, Y W
+  static constexpr int kTotals = kSums + 3 * 8 * 4 * kTile;     // fp32 [2][64]: what of q and k leaves dq and dk
+  static constexpr int kStateSums = kTotals + 2 * 4 * kTile;    // fp32 [2][128]: colsum(dS' * S)
+  static constexpr int kRateSums = kStateSums + 2 * 4 * kHeadDim;  // fp32 [8]: A_log's, by warp
+  static constexpr int kInfo = kRateSums + 32;                  // [2] of 16 bytes
+  static constexpr int kBarriers = kInfo + 32;
+  static constexpr int kBytes = kBarriers + 32 + 1024;  // 1024 to align the base
+  static_assert(kBytes <= 232448);
+};
+
+// Barriers, with who arrives and who waits:
+//   full_tokens   the loader's thread and TMA's bytes (q, k, g)           -> math warps
+//   full_states   the loader's thread and TMA's bytes (S, dS', v, dO)     -> math warps, the state sum's warp
+//   free_tokens   math's thread 0, behind a barrier of all math warps     -> loader
+//   free_states   the same                                                -> loader
+struct GradientBarriers {
+  uint32_t base;
+  __device__ uint32_t full_tokens() const { return base; }
+  __device__ uint32_t full_states() const { return base + 8; }
+  __device__ uint32_t free_tokens() const { return base + 16; }
+  __device__ uint32_t free_states() const { return base + 24; }
+};
+
+// Named barriers: all math warps; diagonal blocks of L written (math arrives, the solving warps wait); inverses written
+// (they arrive, math waits); the sums over states written (its warp arrives, math waits).
+enum NamedBarrier : uint32_t { kMath = 1, kSystemReady, kInverseReady, kStateSumsReady };
+
+struct GradientArguments {
+  CUtensorMap q, k, v, g, d_o;
+  ChunkKdaBwdParams p;
+  int64_t tiles_per_sequence;
+  WorkspaceLayout layout;
+};
+
+// A thread's elements n of a warp's 16 channels x 64 tokens: channel lane / 4 + 8 (n / 2 % 2), token 16 (n / 8) + 8 (n / 4
+// % 2) + lane % 4 * 2 + n % 2. Those of a block of 16 tokens, packed in pairs, are the A operand of a product over its
+// tokens.
+constexpr int kElements = 32;
+
+__device__ __forceinline__ void math_sync() { cutlass::arch::NamedBarrier::sync(kMathThreads, kMath); }
+
+template <typename T>
+__device__ __forceinline__ void unpack_block(float (&x)[8], const uint32_t* bits) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, __half>) {
+      __half2 pair;
+      memcpy(&pair, &bits[i], 4);
+      const float2 f = __half22float2(pair);
+      x[2 * i] = f.x;
+      x[2 * i + 1] = f.y;
+    } else {
+      x[2 * i] = __uint_as_float(bits[i] << 16);
+      x[2 * i + 1] = __uint_as_float(bits[i] & 0xffff0000u);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_as(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) return pack_fp16(low, high);
+  return pack_bf16(low, high);
+}
+
+__device__ __forceinline__ void pack_block(uint32_t (&bits)[4], const float* x) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bits[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+}
+
+// One number a token: those of element n's at [n / 4 * 2 + n % 2].
+__device__ __forceinline__ float2 token_pair(uint32_t array, int j) { return load_shared<float2>(array + 32 * j); }
+
+// d[16 x 16] += a[16 x 16] b^T, as two accumulators of 8 columns. b as ldmatrix_x4 reads a row-major 16 x 16 block whose
+// rows are d's columns.
+__device__ __forceinline__ void multiply_rows(float* d, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  mma_bf16(*reinterpret_cast<float(*)[4]>(d), a[0], a[1], a[2], a[3], b[0], b[2]);
+  mma_bf16(*reinterpret_cast<float(*)[4]>(d + 4), a[0], a[1], a[2], a[3], b[1], b[3]);
+}
+
+// The same with b, whose columns are d's columns, as ldmatrix_x4_trans reads it.
+__device__ __forceinline__ void multiply_columns(float* d, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  mma_bf16(*reinterpret_cast<float(*)[4]>(d), a[0], a[1], a[2], a[3], b[0], b[1]);
+  mma_bf16(*reinterpret_cast<float(*)[4]>(d + 4), a[0], a[1], a[2], a[3], b[2], b[3]);
+}
+
+__device__ __forceinline__ float load_element(const void* base, int64_t i, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) return static_cast<const float*>(base)[i];
+  if (dtype == Dtype::kFloat16) return __half2float(static_cast<const __half*>(base)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
+}
+
+__device__ __forceinline__ void store_element(void* base, int64_t i, float x, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) {
+    static_cast<float*>(base)[i] = x;
+  } else if (dtype == Dtype::kFloat16) {
+    static_cast<__half*>(base)[i] = __float2half_rn(x);
+  } else {
+    static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(x);
+  }
+}
+
+// ---- gates
+
+// The log decay in units of log2(e), and its derivatives.
+struct Decay {
+  Gate mode;
+  float bound;     // lower_bound
+  float rate;      // exp(A_log)
+
+  // z = g + dt_bias, or g.
+  __device__ __forceinline__ float operator()(float z) const {
+    constexpr float kLowest = -10.f * kLog2e;  // as the forward pass has it
+    if (mode == Gate::kBounded) return bound * kLog2e * rcp(1.f + ex2(-rate * kLog2e * z));
+    if (mode == Gate::kPrecomputed) return fmaxf(z * kLog2e, kLowest);
+    return fmaxf(-rate * kLog2e * soft(z), kLowest);
+  }
+  // The gradients by z and, as `by_rate`, by A_log, where `d` is that by the log decay.
+  __device__ __forceinline__ float backward(float z, float d, float& by_rate) const {
+    if (mode == Gate::kBounded) {
+      const float e = ex2(-rate * kLog2e * z);
+      const float s = rcp(1.f + e);
+      // s (1 - s), where e may be inf.
+      const float slope = s * (1.f - s);
+      const float dz = d * bound * slope * rate;
+      by_rate = dz * z;
+      return dz;
+    }
+    if (mode == Gate::kPrecomputed) return d;
+    by_rate = -d * rate * soft(z);
+    return -d * rate * rcp(1.f + ex2(-z * kLog2e));
+  }
+
+ private:
+  static __device__ __forceinline__ float soft(float z) {
+    const float e = ex2(-fabsf(z) * kLog2e);
+    // 1 + e loses the low bits of a small e, which are all there is of a slow gate.
+    const float log1p = e < 0.015625f ? fmaf(fmaf(e, 0.33333333f, -0.5f) * e, e, e) : lg2(1.f + e) * 0.69314718f;
+    return fmaxf(z, 0.f) + log1p;
+  }
+};
+
+// ---- items
+
+struct TileInfo {
+  int token;  // first token, in its row of the batch
+  int batch;
+  int valid;  // tokens of the tile that are the sequence's
+  int image;  // tile * value_heads + value head
+};
+
+__device__ __forceinline__ int64_t tiles_in_use(const GradientArguments& a) {
+  const ChunkKdaBwdParams& p = a.p;
+  if (!p.cu_seqlens) return a.tiles_per_sequence * p.sequences;
+  return reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) + a.layout.tile_offsets)[p.sequences];
+}
+
+__device__ __forceinline__ TileInfo read_tile(const GradientArguments& a, int image) {
+  const ChunkKdaBwdParams& p = a.p;
+  const int tile = image / p.value_heads;
+  TileInfo info;
+  info.image = image;
+  if (!p.cu_seqlens) {
+    info.batch = tile / int(a.tiles_per_sequence);
+    info.token = (tile - info.batch * int(a.tiles_per_sequence)) * kTile;
+    info.valid = min(kTile, int(p.tokens) - info.token);
+    return info;
+  }
+  const char* workspace = static_cast<const char*>(p.workspace);
+  const int* tiles = reinterpret_cast<const int*>(workspace + a.layout.tile_offsets);
+  const int* offsets = reinterpret_cast<const int*>(workspace + a.layout.plan +
+                                                    chunk_kda_fwd::workspace_layout(p.sequences).offsets);
+  // The last sequence whose tiles begin at this one or before: the one after it begins later, so it has tiles.
+  int low = 0, high = p.sequences - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (tiles[middle] <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  info.batch = 0;
+  info.token = offsets[low] + (tile - tiles[low]) * kTile;
+  info.valid = min(kTile, offsets[low + 1] - info.token);
+  return info;
+}
+
+// ---- loader
+
+template <typename G>
+__device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t* base, GradientBarriers barriers) {
+  using L = GradientLayout<G>;
+  const ChunkKdaBwdParams& p = a.p;
+  const int group = p.value_heads / p.heads;
+  const int images = int(tiles_in_use(a)) * p.value_heads;
+  const char* workspace = static_cast<const char*>(p.workspace);
+  uint32_t parity = 0;
+  for (int image = blockIdx.x, slot = 0; image < images; image += gridDim.x, parity ^= 1, slot ^= 1) {
+    const TileInfo info = read_tile(a, image);
+    const int value_head = image % p.value_heads, head = value_head / group;
+    const auto load = [&](uint32_t destination, const CUtensorMap* map, uint32_t barrier, int of_head) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        tma_load_4d(destination + half * kHalfBytes, map, barrier, half * 64, info.token, of_head, info.batch);
+      }
+    };
+    mbarrier_wait(barriers.free_tokens(), parity ^ 1);
+    if constexpr (L::kWideGate) mbarrier_wait(barriers.free_states(), parity ^ 1);
+    *reinterpret_cast<TileInfo*>(base + L::kInfo + slot * sizeof(TileInfo)) = info;
+    mbarrier_arrive_expect_tx(barriers.full_tokens(), (L::kWideGate ? 4 : 3) * kTensorBytes);
+    load(shared + L::kKey, &a.k, barriers.full_tokens(), head);
+    load(shared + L::kQuery, &a.q, barriers.full_tokens(), head);
+    if constexpr (L::kWideGate) {
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        tma_load_4d(shared + L::kGate + quarter * kHalfBytes, &a.g, barriers.full_tokens(), quarter * 32, info.token,
+                    value_head, info.batch);
+      }
+      mbarrier_wait(barriers.free_tokens(), parity);
+    } else {
+      load(shared + L::kGate, &a.g, barriers.full_tokens(), value_head);
+      mbarrier_wait(barriers.free_states(), parity ^ 1);
+    }
+    mbarrier_arrive_expect_tx(barriers.full_states(), 2 * kStateBytes + 2 * kTensorBytes);
+    const size_t state = size_t(image) * kStateBytes;
+    cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.states + state,
+                                   shared_pointer<uint64_t>(barriers.full_states()),
+                                   shared_pointer(shared + L::kStates), kStateBytes);
+    load(shared + L::kValue, &a.v, barriers.full_states(), value_head);
+    cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.state_gradients + state,
+                                   shared_pointer<uint64_t>(barriers.full_states()),
+                                   shared_pointer(shared + L::kStateGradients), kStateBytes);
+    load(shared + L::kOutputGradient, &a.d_o, barriers.full_states(), value_head);
+  }
+}
+
+// ---- helpers: the small inverses, and the sums over states
+
+// (I + L)^-1 of two diagonal blocks: lane t % 16 solves X (I + L) = I for row t, in fp32.
+template <typename G>
+__device__ void invert_blocks(const GradientArguments& a, uint32_t shared, int warp) {
+  using L = GradientLayout<G>;
+  const int lane = threadIdx.x % 32, row = lane % 16, block = warp * 2 + lane / 16;
+  const uint32_t system = shared + L::kSolve + block * L::kSolveStride;
+  const int images = int(tiles_in_use(a)) * a.p.value_heads;
+  for (int image = blockIdx.x; image < images; image += gridDim.x) {
+    cutlass::arch::NamedBarrier::sync(kMathThreads + 64, kSystemReady);
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] = i == row ? 1.f : 0.f;
+#pragma unroll
+    for (int s = 15; s > 0; --s) {
+#pragma unroll
+      for (int i = 0; i < (s + 3) / 4; ++i) {
+        const float4 v = load_shared<float4>(system + s * 64 + i * 16);
+        const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (4 * i + j < s) x[4 * i + j] = fmaf(-x[s], values[j], x[4 * i + j]);
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 packed;
+      packed.x = pack_bf16(x[8 * half], x[8 * half + 1]);
+      packed.y = pack_bf16(x[8 * half + 2], x[8 * half + 3]);
+      packed.z = pack_bf16(x[8 * half + 4], x[8 * half + 5]);
+      packed.w = pack_bf16(x[8 * half + 6], x[8 * half + 7]);
+      store_shared(shared + L::kSystem + block * kBlockBytes + row * 128 +
+                       ((uint32_t(block * 2 + half) ^ (row % 8)) << 4),
+                   packed);
+    }
+    cutlass::arch::NamedBarrier::arrive(kMathThreads + 64, kInverseReady);
+  }
+}
+
+// colsum(dS' * S) of the tile: lane c % 16 has channels 8 c to 8 c + 7, half the rows.
+template <typename G>
+__device__ void sum_states(const GradientArguments& a, uint32_t shared, GradientBarriers barriers) {
+  using L = GradientLayout<G>;
+  const int lane = threadIdx.x % 32, chunk = lane % 16, odd = lane / 16;
+  const int images = int(tiles_in_use(a)) * a.p.value_heads;
+  uint32_t parity = 0;
+  for (int image = blockIdx.x, slot = 0; image < images; image += gridDim.x, parity ^= 1, slot ^= 1) {
+    mbarrier_wait(barriers.full_states(), parity);
+    float sum[8] = {};
+#pragma unroll 4
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      const int row = 2 * i + odd;
+      const uint32_t address = shared + L::kStates + chunk / 8 * (kStateBytes / 2) + row * 128 +
+                               ((uint32_t(chunk % 8) ^ (row % 8)) << 4);
+      const uint4 x = load_shared<uint4>(address);
+      const uint4 y = load_shared<uint4>(address + L::kStateGradients - L::kStates);
+      const uint32_t s[4] = {x.x, x.y, x.z, x.w}, d[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        sum[2 * c] = fmaf(__uint_as_float(s[c] << 16), __uint_as_float(d[c] << 16), sum[2 * c]);
+        sum[2 * c + 1] = fmaf(__uint_as_float(s[c] & 0xffff0000u), __uint_as_float(d[c] & 0xffff0000u), sum[2 * c + 1]);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 8; ++c) sum[c] += __shfl_xor_sync(0xffffffffu, sum[c], 16);
+    if (odd == 0) {
+      const uint32_t address = shared + L::kStateSums + slot * 4 * kHeadDim + chunk * 32;
+      store_shared(address, make_float4(sum[0], sum[1], sum[2], sum[3]));
+      store_shared(address + 16, make_float4(sum[4], sum[5], sum[6], sum[7]));
+    }
+    cutlass::arch::NamedBarrier::arrive(kMathThreads + 32, kStateSumsReady);
+  }
+}
+
+// ---- math
+
+// The sums of x over a warp's 16 channels, one a token, to array[64]. x has element n's share at [n / 4 * 2 + n % 2].
+__device__ __forceinline__ void sum_channels(float (&x)[16], uint32_t array, int lane) {
+  // A butterfly over the 8 lanes that hold a token, halving what is carried at each step.
+#pragma unroll
+  for (int step = 0; step < 3; ++step) {
+    const int mask = 16 >> step, count = 8 >> step;
+    const bool upper = lane & mask;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const float send = upper ? x[i] : x[i + count];
+      const float keep = upper ? x[i + count] : x[i];
+      x[i] = keep + __shfl_xor_sync(0xffffffffu, send, mask);
+    }
+  }
+  // Left: the pair j of tokens 8 j + lane % 4 * 2 with j's bits those of lane / 4, highest first.
+  store_shared(array + (lane / 4 * 8 + lane % 4 * 2) * 4, make_float2(x[0], x[1]));
+}
+
+// acc[16 x 16] = 16 rows of `a` times 16 rows of `b`, over 128 channels; halves of 64 channels lie `half` bytes apart.
+// Addresses of the blocks; `matrix` is a lane's part for ldmatrix.
+__device__ __forceinline__ void multiply_blocks(float (&acc)[8], uint32_t a, int a_half, uint32_t b, int b_half,
+                                                uint32_t matrix) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) acc[i] = 0.f;
+#pragma unroll
+  for (int s = 0; s < 8; ++s) {
+    uint32_t x[4], y[4];
+    ldmatrix_x4(x, a + s / 4 * a_half + (matrix ^ uint32_t(s % 4 * 32)));
+    ldmatrix_x4(y, b + s / 4 * b_half + (matrix ^ uint32_t(s % 4 * 32)));
+    multiply_rows(acc, x, y);
+  }
+}
+
+template <typename T, typename G, bool kBounded>
+__device__ void differentiate(const GradientArguments& arguments, uint32_t shared, GradientBarriers barriers) {
+  using L = GradientLayout<G>;
+  using cute::SM90::GMMA::Major;
+  using cute::SM90::GMMA::ScaleOut;
+  const ChunkKdaBwdParams& p = arguments.p;
+  const int thread = threadIdx.x;
+  const int warpgroup = thread / 128, warp = thread / 32, lane = thread % 32;
+  const int row = lane / 4, pair = lane % 4 * 2;
+  const int channel = warp * 16 + row;  // and + 8
+  const int images = int(tiles_in_use(arguments)) * p.value_heads;
+
+  // A lane's part of an address of 16 x 16 elements: for what is read as it lies, and of this warp's channels of a
+  // block for what is transposed on the way.
+  const uint32_t matrix = lane % 16 * 128 + (uint32_t((lane / 16) ^ (lane % 8)) << 4);
+  const int matrix_token = lane % 8 + lane / 16 * 8;
+  const uint32_t mine_in_half =
+      matrix_token * 128 + ((uint32_t(warp % 4 * 2 + lane / 8 % 2) ^ (matrix_token % 8)) << 4);
+  const uint32_t mine = warpgroup * kHalfBytes + mine_in_half;
+  const uint32_t mine_of_two = warpgroup * (kHalfBytes / 2) + mine_in_half;  // of two blocks alone
+  const uint32_t work = shared + L::kWork;
+  const uint32_t key_norms = shared + L::kKeyNorm + pair * 4;
+  const uint32_t query_norms = shared + L::kQueryNorm + pair * 4;
+  const uint32_t betas = shared + L::kBeta + pair * 4;
+  const auto block_of = [&](uint32_t square, int i, int j) {  // of a 64 x 64 matrix, for ldmatrix
+    return square + i * kBlockBytes + (matrix ^ uint32_t(j * 32));
+  };
+
+  uint32_t parity = 0;
+  for (int image = blockIdx.x, slot = 0; image < images; image += gridDim.x, parity ^= 1, slot ^= 1) {
+    const int value_head = image % p.value_heads;
+    Decay decay{kBounded ? Gate::kBounded : p.gate == Gate::kPrecomputed ? Gate::kPrecomputed : Gate::kUnbounded,
+                p.lower_bound, p.A_log ? flashkda::exp(p.A_log[value_head]) : 1.f};
+    float bias[2] = {};
+    if (p.dt_bias) {
+      bias[0] = p.dt_bias[int64_t(value_head) * kHeadDim + channel];
+      bias[1] = p.dt_bias[int64_t(value_head) * kHeadDim + channel + 8];
+    }
+
+    mbarrier_wait(barriers.full_tokens(), parity);
+    const uint4 where = load_shared<uint4>(shared + L::kInfo + slot * 16);
+    const int valid = int(where.z);
+    const int64_t first_row = int64_t(where.y) * p.tokens + where.x;  // of an output, of this tile
+
+    // Norms, beta, and zeros for what is not the sequence's. Four threads a token.
+    {
+      const int token = thread / 4, quarter = thread % 4;
+      float k_square = 0.f, q_square = 0.f;
+      float beta = 0.f;
+      if (quarter == 0 && token < valid) {
+        beta = load_element(p.beta, int64_t(where.y) * p.beta_stride.batch + int64_t(where.x + token) * p.beta_stride.token +
+                                        value_head * p.beta_stride.head, p.beta_dtype);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int chunk = quarter % 2 * 4 + (i ^ (quarter / 2 * 2));
+        const uint32_t address =
+            shared + quarter / 2 * kHalfBytes + token * 128 + ((uint32_t(chunk) ^ (token % 8)) << 4);
+        if (token >= valid) {
+          store_shared(address + L::kKey, make_uint4(0, 0, 0, 0));
+          store_shared(address + L::kQuery, make_uint4(0, 0, 0, 0));
+          continue;
+        }
+        const uint4 k = load_shared<uint4>(address + L::kKey), q = load_shared<uint4>(address + L::kQuery);
+        const uint32_t k_bits[4] = {k.x, k.y, k.z, k.w}, q_bits[4] = {q.x, q.y, q.z, q.w};
+        float x[8], y[8];
+        unpack_block<T>(x, k_bits);
+        unpack_block<T>(y, q_bits);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          k_square = fmaf(x[c], x[c], k_square);
+          q_square = fmaf(y[c], y[c], q_square);
+        }
+      }
+#pragma unroll
+      for (int offset = 1; offset < 4; offset *= 2) {
+        k_square += __shfl_xor_sync(0xffffffffu, k_square, offset);
+        q_square += __shfl_xor_sync(0xffffffffu, q_square, offset);
+      }
+      if (quarter == 0) {
+        if (p.beta_sigmoid) beta = sigmoid(beta);
+        store_shared(shared + L::kKeyNorm + token * 4, p.qk_l2norm ? rsqrt(k_square + 1e-6f) : 1.f);
+        store_shared(shared + L::kQueryNorm + token * 4, (p.qk_l2norm ? rsqrt(q_square + 1e-6f) : 1.f) * p.scale);
+        store_shared(shared + L::kBeta + token * 4, token < valid ? beta * p.beta_factor : 0.f);
+      }
+    }
+    if (valid < kTile) {
+      cutlass::arch::fence_view_async_shared();
+      math_sync();
+    }
+
+    // This warp's channels of q, k and g stay in registers from here on, q and k as they came.
+    uint32_t k_bits[16], q_bits[16], x_bits[16];
+    float G_sum[kElements];
+    {
+      float carry[2] = {};
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(k_bits + 4 * b), shared + L::kKey + mine + b * kBlockBytes);
+        ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(q_bits + 4 * b),
+                          shared + L::kQuery + mine + b * kBlockBytes);
+        float x[8];
+        if constexpr (L::kWideGate) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const int token = 16 * b + i / 4 * 8 + pair + i % 2, c = channel + i / 2 % 2 * 8;
+            x[i] = load_shared<float>(shared + L::kGate + c / 32 * kHalfBytes + token * 128 +
+                                      ((uint32_t(c % 32 / 4) ^ (token % 8)) << 4) + c % 4 * 4);
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x_bits[4 * b + i] = pack_fp16(x[2 * i], x[2 * i + 1]);
+        } else {
+          ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(x_bits + 4 * b),
+                            shared + L::kGate + mine + b * kBlockBytes);
+          unpack_block<T>(x, x_bits + 4 * b);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+          const int half = i / 2 % 2, token = 16 * b + i / 4 * 8 + pair;
+          const float x0 = token < valid ? decay(x[i] + bias[half]) : 0.f;
+          const float x1 = token + 1 < valid ? decay(x[i + 1] + bias[half]) : 0.f;
+          float sum = x0 + x1;
+          float other = __shfl_up_sync(0xffffffffu, sum, 1, 4);
+          if (lane % 4 >= 1) sum += other;
+          other = __shfl_up_sync(0xffffffffu, sum, 2, 4);
+          if (lane % 4 >= 2) sum += other;
+          other = __shfl_up_sync(0xffffffffu, sum, 1, 4);
+          G_sum[8 * b + i] = carry[half] + (lane % 4 ? other : 0.f) + x0;
+          G_sum[8 * b + i + 1] = carry[half] + sum;
+          carry[half] = __shfl_sync(0xffffffffu, G_sum[8 * b + i + 1], 3, 4);
+        }
+      }
+    }
+    // The cumulative log decays at the ends of 8 tokens, of both channels.
+    const auto sum_at = [&](int eighth, int half) {
+      return __shfl_sync(0xffffffffu, G_sum[4 * eighth + 2 * half + 1], 3, 4);
+    };
+    // k or q of a block in fp32, normalised.
+    const auto normalised = [&](float(&x)[8], const uint32_t* bits, uint32_t norms, int b) {
+      unpack_block<T>(x, bits + 4 * b);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 norm = token_pair(norms, 2 * b + i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          x[4 * i + 2 * half] *= norm.x;
+          x[4 * i + 2 * half + 1] *= norm.y;
+        }
+      }
+    };
+    // exp of (sign) times the log decay from a token between, block b.
+    const auto factors = [&](float(&f)[8], int b, const float(&from)[2], bool negative) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float x = G_sum[8 * b + i] - from[i / 2 % 2];
+        f[i] = ex2(negative ? -x : x);
+      }
+    };
+    const auto scaled = [&](uint32_t(&bits)[4], const float(&x)[8], const float(&f)[8]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) bits[i] = pack_bf16(x[2 * i] * f[2 * i], x[2 * i + 1] * f[2 * i + 1]);
+    };
+    math_sync();
+    if (thread == 0) mbarrier_arrive(barriers.free_tokens());
+
+    // Level 3: rows of k, columns of k, rows of q.
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const float from[2] = {sum_at(2 * b, 0), sum_at(2 * b, 1)};
+      float k[8], q[8], f[8];
+      uint32_t bits[4];
+      normalised(k, k_bits, key_norms, b);
+      normalised(q, q_bits, query_norms, b);
+      factors(f, b, from, false);
+      scaled(bits, k, f);
+      stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
+      scaled(bits, q, f);
+      stmatrix_x4_trans(work + 2 * kTensorBytes + mine + b * kBlockBytes, bits);
+      factors(f, b, from, true);
+      scaled(bits, k, f);
+      stmatrix_x4_trans(work + kTensorBytes + mine + b * kBlockBytes, bits);
+    }
+    math_sync();
+
+    // Elements of a 16 x 16 product: rows row, row + 8 (i / 2 % 2), columns pair, + 1 (i % 2), + 8 (i / 4).
+    const auto store_block = [&](uint32_t square, int i, int j, const float(&x)[8]) {
+      const uint32_t bits[4] = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+                                pack_bf16(x[6], x[7])};
+      stmatrix_x4(block_of(square, i, j), bits);
+    };
+    const auto row_beta = [&](int block, int half) {
+      return load_shared<float>(shared + L::kBeta + (16 * block + row + 8 * half) * 4);
+    };
+    const int diagonal = warp % 4;
+    float N_diagonal[8];  // of warps 0 to 3
+    multiply_blocks(N_diagonal, work + (warp < 4 ? 0 : 2 * kTensorBytes) + diagonal * kBlockBytes, kHalfBytes,
+                    work + kTensorBytes + diagonal * kBlockBytes, kHalfBytes, matrix);
+    if (warp < 4) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
+        N_diagonal[i] = c < r ? N_diagonal[i] : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const int r = row + i / 2 % 2 * 8, c = pair + i / 4 * 8;
+        const float beta = row_beta(diagonal, i / 2 % 2);
+        store_shared(shared + L::kSolve + diagonal * L::kSolveStride + r * 64 + c * 4,
+                     make_float2(beta * N_diagonal[i], beta * N_diagonal[i + 1]));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
+        N_diagonal[i] = c <= r ? N_diagonal[i] : 0.f;
+      }
+      store_block(shared + L::kScores, diagonal, diagonal, N_diagonal);
+    }
+    cutlass::arch::NamedBarrier::arrive(kMathThreads + 64, kSystemReady);
+    math_sync();
+
+    // Levels 1 and 2: each block is rows or columns. Work: k of level 1, k of level 2, q's rows of level 1, of level 2.
+    constexpr int kLevel2 = kTensorBytes, kQuery1 = 2 * kTensorBytes, kQuery2 = kQuery1 + kHalfBytes;
+    const auto level_factors = [&](float(&f)[8], int level, int b) {
+      const int at = level == 1 ? 3 : b < 2 ? 1 : 5;
+      const float from[2] = {sum_at(at, 0), sum_at(at, 1)};
+      factors(f, b, from, level == 1 ? b < 2 : b % 2 == 0);
+    };
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      float k[8], q[8], f[8];
+      uint32_t bits[4];
+      normalised(k, k_bits, key_norms, b);
+      if (b > 0) normalised(q, q_bits, query_norms, b);
+      level_factors(f, 1, b);
+      scaled(bits, k, f);
+      stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
+      if (b >= 2) {
+        scaled(bits, q, f);
+        stmatrix_x4_trans(work + kQuery1 + mine_of_two + (b - 2) * kBlockBytes, bits);
+      }
+      level_factors(f, 2, b);
+      scaled(bits, k, f);
+      stmatrix_x4_trans(work + kLevel2 + mine + b * kBlockBytes, bits);
+      if (b % 2 == 1) {
+        scaled(bits, q, f);
+        stmatrix_x4_trans(work + kQuery2 + mine_of_two + b / 2 * kBlockBytes, bits);
+      }
+    }
+    math_sync();
+
+    // Warps 0 to 3: the blocks of level 1; 4 and 5: those of level 2.
+    const bool has_block = warp < 6;
+    const int block_row = warp < 4 ? 2 + warp / 2 : 2 * (warp - 4) + 1;
+    const int block_column = warp < 4 ? warp % 2 : block_row - 1;
+    float N_block[8] = {};
+    if (has_block) {
+      const uint32_t keys = work + (warp < 4 ? 0 : kLevel2);
+      const uint32_t queries = work + (warp < 4 ? kQuery1 + (block_row - 2) * kBlockBytes
+                                                : kQuery2 + (warp - 4) * kBlockBytes);
+      const uint32_t columns = keys + block_column * kBlockBytes;
+      multiply_blocks(N_block, keys + block_row * kBlockBytes, kHalfBytes, columns, kHalfBytes, matrix);
+      float x[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = -row_beta(block_row, i / 2 % 2) * N_block[i];
+      store_block(shared + L::kSystem, block_row, block_column, x);
+      multiply_blocks(x, queries, kHalfBytes / 2, columns, kHalfBytes, matrix);
+      store_block(shared + L::kScores, block_row, block_column, x);
+    }
+    math_sync();
+
+    // Kd and Kr.
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      float k[8], f[8];
+      uint32_t bits[4];
+      normalised(k, k_bits, key_norms, b);
+      const float start[2] = {0.f, 0.f}, end[2] = {sum_at(7, 0), sum_at(7, 1)};
+      factors(f, b, start, false);
+      scaled(bits, k, f);
+      stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
+      factors(f, b, end, true);
+      scaled(bits, k, f);
+      stmatrix_x4_trans(work + kTensorBytes + mine + b * kBlockBytes, bits);
+    }
+    mbarrier_wait(barriers.full_states(), parity);
+    if (valid < kTile || std::is_same_v<T, __half>) {
+      // Products take dO as bf16.
+      const int token = thread / 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int chunk = thread % 2 * 4 + i;
+        const uint32_t address =
+            shared + thread / 2 % 2 * kHalfBytes + token * 128 + ((uint32_t(chunk) ^ (token % 8)) << 4);
+        if (token >= valid) {
+          store_shared(address + L::kValue, make_uint4(0, 0, 0, 0));
+          store_shared(address + L::kOutputGradient, make_uint4(0, 0, 0, 0));
+        } else if constexpr (std::is_same_v<T, __half>) {
+          const uint4 bits = load_shared<uint4>(address + L::kOutputGradient);
+          const uint32_t in[4] = {bits.x, bits.y, bits.z, bits.w};
+          float x[8];
+          unpack_block<T>(x, in);
+          uint32_t out[4];
+          pack_block(out, x);
+          store_shared(address + L::kOutputGradient, make_uint4(out[0], out[1], out[2], out[3]));
+        }
+      }
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(kMathThreads + 64, kInverseReady);
+    math_sync();
+
+    // Kd S^T, and dS' Kr^T + dO^T P: rows are channels of V.
+    float to_values[kElements], to_updates[kElements];
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int s = 0; s < 8; ++s) {
+      wgmma_shared<Major::K, Major::K>(
+          to_values,
+          swizzled_128b(shared + L::kStates + s / 4 * (kStateBytes / 2) + warpgroup * kHalfBytes + s % 4 * 32),
+          swizzled_128b(work + s / 4 * kHalfBytes + s % 4 * 32), s == 0 ? ScaleOut::Zero : ScaleOut::One);
+    }
+    cute::warpgroup_commit_batch();
+#pragma unroll
+    for (int s = 0; s < 8; ++s) {
+      wgmma_shared<Major::K, Major::K>(
+          to_updates,
+          swizzled_128b(shared + L::kStateGradients + s / 4 * (kStateBytes / 2) + warpgroup * kHalfBytes + s % 4 * 32),
+          swizzled_128b(work + kTensorBytes + s / 4 * kHalfBytes + s % 4 * 32),
+          s == 0 ? ScaleOut::Zero : ScaleOut::One);
+    }
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s) {
+      wgmma_shared<Major::MN, Major::MN>(
+          to_updates, swizzled_128b(shared + L::kOutputGradient + warpgroup * kHalfBytes + s * kBlockBytes),
+          swizzled_128b(shared + L::kScores + s * kBlockBytes), ScaleOut::One);
+    }
+    cute::warpgroup_commit_batch();
+
+    // W, and U by forward substitution.
+    uint32_t w_bits[16], u_bits[16];
+    {
+      uint32_t v_bits[16];
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(v_bits + 4 * b),
+                          shared + L::kValue + mine + b * kBlockBytes);
+      }
+      cute::warpgroup_wait<1>();
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        float v[8];
+        unpack_block<T>(v, v_bits + 4 * b);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to_values[8 * b + i] = v[i] - to_values[8 * b + i];
+        pack_block(*reinterpret_cast<uint32_t(*)[4]>(w_bits + 4 * b), to_values + 8 * b);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float2 beta = token_pair(betas, 2 * b + i);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            to_values[8 * b + 4 * i + 2 * half] *= beta.x;
+            to_values[8 * b + 4 * i + 2 * half + 1] *= beta.y;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      uint32_t x[4], inverse[4];
+      ldmatrix_x4(inverse, block_of(shared + L::kSystem, b, b));
+      pack_block(x, to_values + 8 * b);
+      float u[8] = {};
+      multiply_rows(u, x, inverse);
+      uint32_t(&bits)[4] = *reinterpret_cast<uint32_t(*)[4]>(u_bits + 4 * b);
+      pack_block(bits, u);
+      stmatrix_x4_trans(work + 2 * kTensorBytes + mine + b * kBlockBytes, bits);
+#pragma unroll
+      for (int later = b + 1; later < kBlocks; ++later) {
+        uint32_t y[4];
+        ldmatrix_x4(y, block_of(shared + L::kSystem, later, b));
+        multiply_rows(to_values + 8 * later, bits, y);
+      }
+    }
+    cute::warpgroup_wait<0>();
+    math_sync();  // Kd and Kr have been read
+
+    // Y by backward substitution.
+    float products[16];  // Y * W, summed over this thread's channels
+#pragma unroll
+    for (int b = kBlocks - 1; b >= 0; --b) {
+      uint32_t x[4], inverse[4];
+      ldmatrix_x4_trans(inverse, block_of(shared + L::kSystem, b, b));
+      pack_block(x, to_updates + 8 * b);
+      float y[8] = {};
+      multiply_columns(y, x, inverse);
+      uint32_t bits[4];
+      pack_block(bits, y);
+      stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
+#pragma unroll
+      for (int earlier = b - 1; earlier >= 0; --earlier) {
+        uint32_t l[4];
+        ldmatrix_x4_trans(l, block_of(shared + L::kSystem, b, earlier));
+        multiply_columns(to_updates + 8 * earlier, bits, l);
+      }
+      float w[8];
+      unpack_block<__nv_bfloat16>(w, w_bits + 4 * b);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          products[4 * b + 2 * i + e] = fmaf(y[4 * i + e], w[4 * i + e], y[4 * i + 2 + e] * w[4 * i + 2 + e]);
+        const float2 beta = token_pair(betas, 2 * b + i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          y[4 * i + 2 * half] *= beta.x;
+          y[4 * i + 2 * half + 1] *= beta.y;
+        }
+      }
+      pack_block(bits, y);
+      stmatrix_x4_trans(work + kTensorBytes + mine + b * kBlockBytes, bits);
+    }
+    sum_channels(products, shared + L::kSums + (2 * 8 + warp) * 4 * kTile, lane);
+    cutlass::arch::fence_view_async_shared();
+    math_sync();
+
+    // dO S, dW S and U dS': rows are channels of K.
+    float d_query[kElements], d_key[kElements], d_sum[kElements];
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int s = 0; s < 8; ++s) {
+      const cute::GmmaDescriptor state =
+          swizzled_128b(shared + L::kStates + warpgroup * (kStateBytes / 2) + s * kBlockBytes);
+      wgmma_shared<Major::MN, Major::K>(d_query, state,
+                                        swizzled_128b(shared + L::kOutputGradient + s / 4 * kHalfBytes + s % 4 * 32),
+                                        s == 0 ? ScaleOut::Zero : ScaleOut::One);
+      wgmma_shared<Major::MN, Major::K>(d_key, state,
+                                        swizzled_128b(work + kTensorBytes + s / 4 * kHalfBytes + s % 4 * 32),
+                                        s == 0 ? ScaleOut::Zero : ScaleOut::One);
+      wgmma_shared<Major::MN, Major::K>(
+          d_sum, swizzled_128b(shared + L::kStateGradients + warpgroup * (kStateBytes / 2) + s * kBlockBytes),
+          swizzled_128b(work + 2 * kTensorBytes + s / 4 * kHalfBytes + s % 4 * 32),
+          s == 0 ? ScaleOut::Zero : ScaleOut::One);
+    }
+    cute::warpgroup_commit_batch();
+
+    // dP and dN, by the warps that have N; and what dL adds to dbeta.
+    const auto store_system_gradient = [&](float(&x)[8], const float(&N)[8], int i, int j, int beta_slot) {
+      float sums[2] = {};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        sums[e / 2 % 2] = fmaf(-x[e], N[e], sums[e / 2 % 2]);
+        x[e] *= -row_beta(i, e / 2 % 2);
+      }
+      store_block(shared + L::kSystem, i, j, x);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sums[half] += __shfl_xor_sync(0xffffffffu, sums[half], 1);
+        sums[half] += __shfl_xor_sync(0xffffffffu, sums[half], 2);
+        if (lane % 4 == 0)
+          store_shared(shared + L::kBetaSlots + (beta_slot * kTile + 16 * i + row + 8 * half) * 4, sums[half]);
+      }
+    };
+    {
+      const uint32_t updates = work + 2 * kTensorBytes;
+      float x[8];
+      multiply_blocks(x, (warp < 4 ? work : shared + L::kOutputGradient) + diagonal * kBlockBytes, kHalfBytes,
+                      updates + diagonal * kBlockBytes, kHalfBytes, matrix);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
+        x[i] = c < r || (c == r && warp >= 4) ? x[i] : 0.f;
+      }
+      if (warp < 4) {
+        store_system_gradient(x, N_diagonal, diagonal, diagonal, 0);
+      } else {
+        store_block(shared + L::kScores, diagonal, diagonal, x);
+      }
+      if (has_block) {
+        multiply_blocks(x, work + block_row * kBlockBytes, kHalfBytes, updates + block_column * kBlockBytes, kHalfBytes,
+                        matrix);
+        store_system_gradient(x, N_block, block_row, block_column, warp < 4 ? 1 + block_column : 3);
+        multiply_blocks(x, shared + L::kOutputGradient + block_row * kBlockBytes, kHalfBytes,
+                        updates + block_column * kBlockBytes, kHalfBytes, matrix);
+        store_block(shared + L::kScores, block_row, block_column, x);
+      }
+    }
+    const auto copy_out = [&](uint32_t tile, void* to) {
+      const int64_t stride = int64_t(p.value_heads) * kHeadDim;
+      T* out = static_cast<T*>(to) + first_row * stride + int64_t(value_head) * kHeadDim;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = i * 16 + thread / 16, chunk = thread % 16;
+        uint4 x = load_shared<uint4>(tile + chunk / 8 * kHalfBytes + token * 128 +
+                                     ((uint32_t(chunk % 8) ^ (token % 8)) << 4));
+        if (token < valid) *reinterpret_cast<uint4*>(out + token * stride + chunk * 8) = x;
+      }
+    };
+    if (p.dv) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const int64_t stride = int64_t(p.value_heads) * kHeadDim;
+        T* out = static_cast<T*>(p.dv) + first_row * stride + int64_t(value_head) * kHeadDim;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = i * 16 + thread / 16, chunk = thread % 16;
+          const uint4 x = load_shared<uint4>(work + kTensorBytes + chunk / 8 * kHalfBytes + token * 128 +
+                                             ((uint32_t(chunk % 8) ^ (token % 8)) << 4));
+          const uint32_t in[4] = {x.x, x.y, x.z, x.w};
+          float f[8];
+          unpack_block<__nv_bfloat16>(f, in);
+          if (token < valid) {
+            *reinterpret_cast<uint4*>(out + token * stride + chunk * 8) =
+                make_uint4(pack_fp16(f[0], f[1]), pack_fp16(f[2], f[3]), pack_fp16(f[4], f[5]), pack_fp16(f[6], f[7]));
+          }
+        }
+      } else {
+        copy_out(work + kTensorBytes, p.dv);
+      }
+    }
+    cute::warpgroup_wait<0>();
+    cutlass::arch::NamedBarrier::sync(kMathThreads + 32, kStateSumsReady);
+    math_sync();
+    if (thread == 0) mbarrier_arrive(barriers.free_states());
+
+    // g waits in shared memory, where only this thread reads it, while registers are scarce.
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      store_shared(work + b * 4096 + thread * 16,
+                   make_uint4(x_bits[4 * b], x_bits[4 * b + 1], x_bits[4 * b + 2], x_bits[4 * b + 3]));
+    }
+
+    // What comes through the states.
+    float tail[2] = {};  // of dG's last row
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      float k[8], q[8];
+      normalised(k, k_bits, key_norms, b);
+      normalised(q, q_bits, query_norms, b);
+      const float end[2] = {sum_at(7, 0), sum_at(7, 1)};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int n = 8 * b + i;
+        const float from_start = ex2(G_sum[n]), to_end = ex2(end[i / 2 % 2] - G_sum[n]);
+        const float up = -from_start * d_key[n], down = to_end * d_sum[n];
+        d_query[n] *= from_start;
+        d_key[n] = up + down;
+        tail[i / 2 % 2] = fmaf(k[i], down, tail[i / 2 % 2]);
+        d_sum[n] = fmaf(q[i], d_query[n], k[i] * (up - down));
+      }
+    }
+
+    // Adds what rows `b` get through the products by_query and by_key, whose operands had the factors `f`.
+    const auto add_rows = [&](int b, const float(&f)[8], const uint32_t(&q_rows)[4], const uint32_t(&k_rows)[4],
+                              const float(&by_query)[8], const float(&by_key)[8]) {
+      float q[8], k[8];
+      unpack_block<__nv_bfloat16>(q, q_rows);
+      unpack_block<__nv_bfloat16>(k, k_rows);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int n = 8 * b + i;
+        d_query[n] = fmaf(f[i], by_query[i], d_query[n]);
+        d_key[n] = fmaf(f[i], by_key[i], d_key[n]);
+        d_sum[n] = fmaf(q[i], by_query[i], fmaf(k[i], by_key[i], d_sum[n]));
+      }
+    };
+    const auto add_columns = [&](int b, const float(&f)[8], const uint32_t(&k_columns)[4], const float(&down)[8]) {
+      float k[8];
+      unpack_block<__nv_bfloat16>(k, k_columns);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int n = 8 * b + i;
+        d_key[n] = fmaf(f[i], down[i], d_key[n]);
+        d_sum[n] = fmaf(-k[i], down[i], d_sum[n]);
+      }
+    };
+    // Level 3.
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const float from[2] = {sum_at(2 * b, 0), sum_at(2 * b, 1)};
+      float k[8], q[8], f[8];
+      uint32_t k_rows[4], q_rows[4], k_columns[4], dP[4], dN[4];
+      normalised(k, k_bits, key_norms, b);
+      normalised(q, q_bits, query_norms, b);
+      factors(f, b, from, true);
+      scaled(k_columns, k, f);
+      float down[8] = {};
+      {
+        float rows[8];
+        factors(rows, b, from, false);
+        scaled(k_rows, k, rows);
+        scaled(q_rows, q, rows);
+      }
+      ldmatrix_x4_trans(dN, block_of(shared + L::kSystem, b, b));
+      ldmatrix_x4_trans(dP, block_of(shared + L::kScores, b, b));
+      multiply_columns(down, k_rows, dN);
+      multiply_columns(down, q_rows, dP);
+      add_columns(b, f, k_columns, down);
+      float by_query[8] = {}, by_key[8] = {};
+      ldmatrix_x4(dN, block_of(shared + L::kSystem, b, b));
+      ldmatrix_x4(dP, block_of(shared + L::kScores, b, b));
+      multiply_rows(by_query, k_columns, dP);
+      multiply_rows(by_key, k_columns, dN);
+      factors(f, b, from, false);
+      add_rows(b, f, q_rows, k_rows, by_query, by_key);
+    }
+    // Levels 2 and 1: columns `first` to `first + count - 1`, rows the `count` blocks after them.
+    const auto add_level = [&](auto level_constant, auto first_constant) {
+      constexpr int level = decltype(level_constant)::value, first = decltype(first_constant)::value;
+      constexpr int count = level == 1 ? 2 : 1;
+      uint32_t k_columns[count][4];
+      float down[count][8] = {};
+#pragma unroll
+      for (int j = 0; j < count; ++j) {
+        float k[8], f[8];
+        normalised(k, k_bits, key_norms, first + j);
+        level_factors(f, level, first + j);
+        scaled(k_columns[j], k, f);
+      }
+#pragma unroll
+      for (int i = first + count; i < first + 2 * count; ++i) {
+        float f[8];
+        uint32_t k_rows[4], q_rows[4];
+        level_factors(f, level, i);
+        {
+          float x[8];
+          normalised(x, k_bits, key_norms, i);
+          scaled(k_rows, x, f);
+          normalised(x, q_bits, query_norms, i);
+          scaled(q_rows, x, f);
+        }
+        float by_query[8] = {}, by_key[8] = {};
+#pragma unroll
+        for (int j = 0; j < count; ++j) {
+          uint32_t dP[4], dN[4];
+          ldmatrix_x4(dP, block_of(shared + L::kScores, i, first + j));
+          ldmatrix_x4(dN, block_of(shared + L::kSystem, i, first + j));
+          multiply_rows(by_query, k_columns[j], dP);
+          multiply_rows(by_key, k_columns[j], dN);
+          ldmatrix_x4_trans(dP, block_of(shared + L::kScores, i, first + j));
+          ldmatrix_x4_trans(dN, block_of(shared + L::kSystem, i, first + j));
+          multiply_columns(down[j], q_rows, dP);
+          multiply_columns(down[j], k_rows, dN);
+        }
+        add_rows(i, f, q_rows, k_rows, by_query, by_key);
+      }
+#pragma unroll
+      for (int j = 0; j < count; ++j) {
+        float f[8];
+        level_factors(f, level, first + j);
+        add_columns(first + j, f, k_columns[j], down[j]);
+      }
+    };
+    add_level(std::integral_constant<int, 2>{}, std::integral_constant<int, 0>{});
+    add_level(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});
+    add_level(std::integral_constant<int, 1>{}, std::integral_constant<int, 0>{});
+
+    // What normalisation takes: q . dq and k . dk of each token.
+    {
+      float sums[16];
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          float x[8];
+          normalised(x, which ? k_bits : q_bits, which ? key_norms : query_norms, b);
+          const float* d = (which ? d_key : d_query) + 8 * b;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              sums[4 * b + 2 * i + e] = fmaf(x[4 * i + e], d[4 * i + e], x[4 * i + 2 + e] * d[4 * i + 2 + e]);
+          }
+        }
+        sum_channels(sums, shared + L::kSums + (which * 8 + warp) * 4 * kTile, lane);
+      }
+    }
+
+    // The gates' gradients.
+    float rate_sum = 0.f;
+    {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const uint4 x = load_shared<uint4>(work + b * 4096 + thread * 16);
+        x_bits[4 * b] = x.x;
+        x_bits[4 * b + 1] = x.y;
+        x_bits[4 * b + 2] = x.z;
+        x_bits[4 * b + 3] = x.w;
+      }
+      float carry[2], bias_sum[2] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        tail[half] += __shfl_xor_sync(0xffffffffu, tail[half], 1);
+        tail[half] += __shfl_xor_sync(0xffffffffu, tail[half], 2);
+        const float state_sum = load_shared<float>(shared + L::kStateSums + (slot * kHeadDim + channel + 8 * half) * 4);
+        carry[half] = fmaf(ex2(sum_at(7, half)), state_sum, tail[half]);
+      }
+#pragma unroll
+      for (int b = kBlocks - 1; b >= 0; --b) {
+        float x[8];
+        if constexpr (L::kWideGate) {
+          unpack_block<__half>(x, x_bits + 4 * b);
+        } else {
+          unpack_block<T>(x, x_bits + 4 * b);
+        }
+#pragma unroll
+        for (int i = 6; i >= 0; i -= 2) {
+          const int half = i / 2 % 2, n = 8 * b + i, token = 16 * b + i / 4 * 8 + pair;
+          float sum = d_sum[n] + d_sum[n + 1];
+          float other = __shfl_down_sync(0xffffffffu, sum, 1, 4);
+          if (lane % 4 < 3) sum += other;
+          other = __shfl_down_sync(0xffffffffu, sum, 2, 4);
+          if (lane % 4 < 2) sum += other;
+          other = __shfl_down_sync(0xffffffffu, sum, 1, 4);
+          const float d1 = carry[half] + (lane % 4 < 3 ? other : 0.f) + d_sum[n + 1], d0 = carry[half] + sum;
+          carry[half] = __shfl_sync(0xffffffffu, d0, 0, 4);
+          float rate0 = 0.f, rate1 = 0.f;
+          d_sum[n] = decay.backward(x[i] + bias[half], d0, rate0);
+          d_sum[n + 1] = decay.backward(x[i + 1] + bias[half], d1, rate1);
+          if (token < valid) {
+            bias_sum[half] += d_sum[n];
+            rate_sum += rate0;
+          }
+          if (token + 1 < valid) {
+            bias_sum[half] += d_sum[n + 1];
+            rate_sum += rate1;
+          }
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        bias_sum[half] += __shfl_xor_sync(0xffffffffu, bias_sum[half], 1);
+        bias_sum[half] += __shfl_xor_sync(0xffffffffu, bias_sum[half], 2);
+      }
+      if (p.d_dt_bias && lane % 4 == 0) {
+        float* partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + arguments.layout.bias_partials) +
+                         int64_t(image) * kHeadDim + channel;
+        partial[0] = bias_sum[0];
+        partial[8] = bias_sum[1];
+      }
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) rate_sum += __shfl_xor_sync(0xffffffffu, rate_sum, offset);
+      if (lane == 0) store_shared(shared + L::kRateSums + warp * 4, rate_sum);
+    }
+    math_sync();
+
+    if (thread < 3 * kTile) {
+      const int which = thread / kTile, token = thread % kTile;
+      float sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += load_shared<float>(shared + L::kSums + ((which * 8 + i) * kTile + token) * 4);
+      if (which < 2) {
+        const float norm = load_shared<float>(shared + (which ? L::kKeyNorm : L::kQueryNorm) + token * 4);
+        const float inverse = which ? norm : norm / p.scale;
+        store_shared(shared + L::kTotals + thread * 4, p.qk_l2norm ? sum * inverse * inverse : 0.f);
+      } else if (p.dbeta && token < valid) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum += load_shared<float>(shared + L::kBetaSlots + (i * kTile + token) * 4);
+        const float beta = load_shared<float>(shared + L::kBeta + token * 4);
+        sum *= p.beta_sigmoid ? beta * (1.f - beta / p.beta_factor) : p.beta_factor;
+        store_element(p.dbeta, (first_row + token) * p.value_heads + value_head, sum, p.beta_dtype);
+      }
+    } else if (thread == 3 * kTile && p.dA_log) {
+      float sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += load_shared<float>(shared + L::kRateSums + i * 4);
+      reinterpret_cast<float*>(static_cast<char*>(p.workspace) + arguments.layout.A_log_partials)[image] = sum;
+    }
+    math_sync();
+
+    // Out: through shared memory where an element has 16 bits, else from registers, whose 8 channels fill a sector.
+    const bool grouped = p.value_heads != p.heads;
+    const auto store_wide = [&](float* to, int b, const float(&x)[8]) {
+      const int64_t stride = int64_t(p.value_heads) * kHeadDim;
+      float* out = to + first_row * stride + int64_t(value_head) * kHeadDim + channel;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int token = 16 * b + i / 4 * 8 + pair + i % 2;
+        if (token < valid) out[token * stride + i / 2 % 2 * 8] = x[i];
+      }
+    };
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const uint32_t totals = shared + L::kTotals + which * 4 * kTile + pair * 4;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        float x[8], d[8];
+        unpack_block<T>(x, (which ? k_bits : q_bits) + 4 * b);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 norm = token_pair(which ? key_norms : query_norms, 2 * b + i / 4);
+          const float2 total = token_pair(totals, 2 * b + i / 4);
+          const float dx = (which ? d_key : d_query)[8 * b + i];
+          d[i] = fmaf(i % 2 ? norm.y : norm.x, dx, -(i % 2 ? total.y : total.x) * x[i]);
+        }
+        if (grouped) {
+          void* to = which ? p.dk : p.dq;
+          const size_t part = which ? arguments.layout.dk : arguments.layout.dq;
+          if (to) store_wide(reinterpret_cast<float*>(static_cast<char*>(p.workspace) + part), b, d);
+        } else {
+          uint32_t bits[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) bits[i] = pack_as<T>(d[2 * i], d[2 * i + 1]);
+          stmatrix_x4_trans(work + (2 - which) * kTensorBytes + mine + b * kBlockBytes, bits);
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if constexpr (L::kWideGate) {
+        if (p.dg) store_wide(static_cast<float*>(p.dg), b, *reinterpret_cast<const float(*)[8]>(d_sum + 8 * b));
+      } else {
+        uint32_t bits[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bits[i] = pack_as<T>(d_sum[8 * b + 2 * i], d_sum[8 * b + 2 * i + 1]);
+        stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
+      }
+    }
+    math_sync();
+    if (!grouped && p.dq) copy_out(work + 2 * kTensorBytes, p.dq);
+    if (!grouped && p.dk) copy_out(work + kTensorBytes, p.dk);
+    if (!L::kWideGate && p.dg) copy_out(work, p.dg);
+  }
+}
+
+template <typename T, typename G, bool kBounded>
+__global__ void __launch_bounds__(kGradientThreads, 1)
+    gradients_kernel(const __grid_constant__ GradientArguments arguments) {
+  using L = GradientLayout<G>;
+  extern __shared__ uint8_t unaligned[];
+  uint8_t* base = unaligned + ((1024 - (cute::cast_smem_ptr_to_uint(unaligned) & 1023)) & 1023);
+  const uint32_t shared = cute::cast_smem_ptr_to_uint(base);
+  const GradientBarriers barriers{shared + L::kBarriers};
+
+  if (threadIdx.x == 0) {
+    mbarrier_init(barriers.full_tokens(), 1);
+    mbarrier_init(barriers.full_states(), 1);
+    mbarrier_init(barriers.free_tokens(), 1);
+    mbarrier_init(barriers.free_states(), 1);
+    cutlass::arch::fence_barrier_init();
+  }
+  // Blocks above the diagonal, and the sums of blocks that have none, stay zero.
+  for (int i = threadIdx.x * 16; i < kHalfBytes; i += kGradientThreads * 16)
+    store_shared(shared + L::kScores + i, make_uint4(0, 0, 0, 0));
+  for (int i = threadIdx.x * 16; i < 4 * 4 * kTile; i += kGradientThreads * 16)
+    store_shared(shared + L::kBetaSlots + i, make_uint4(0, 0, 0, 0));
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32;
+  if (warp < kMathThreads / 32) {
+    cutlass::arch::warpgroup_reg_alloc<kMathRegisters>();
+    differentiate<T, G, kBounded>(arguments, shared, barriers);
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<kHelperRegisters>();
+    const int role = warp - kMathThreads / 32;
+    if (role < 2) {
+      invert_blocks<G>(arguments, shared, role);
+    } else if (role == 2) {
+      sum_states<G>(arguments, shared, barriers);
+    } else if (threadIdx.x % 32 == 0) {
+      load_tiles<G>(arguments, shared, base, barriers);
+    }
+  }
+}
+
+// ---- host
+
+template <typename T, typename G, bool kBounded>
+cudaError_t launch_gradients(const ChunkKdaBwdParams& p, const Plan& plan, cudaStream_t stream) {
+  using chunk_kda_fwd::encode_tiles;
+  constexpr CUtensorMapDataType type =
+      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr CUtensorMapDataType g_type = sizeof(G) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : type;
+  constexpr int kBytes = GradientLayout<G>::kBytes;
+  const auto kernel = gradients_kernel<T, G, kBounded>;
+  GradientArguments a;
+  a.p = p;
+  a.tiles_per_sequence = plan.tiles_per_sequence;
+  a.layout = plan.workspace;
+  if (!encode_tiles(&a.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride, kTile) ||
+      !encode_tiles(&a.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride, kTile) ||
+      !encode_tiles(&a.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride, kTile) ||
+      !encode_tiles(&a.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride, kTile) ||
+      !encode_tiles(&a.d_o, p.d_o, type, 2, p.batch, p.tokens, p.value_heads, p.d_o_stride, kTile)) {
+    return cudaErrorInvalidValue;
+  }
+  // Once a device; again does no harm.
+  static std::atomic<uint64_t> devices{0};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = uint64_t(1) << (device % 64);
+  if (device >= 64 || !(devices.load() & bit)) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error != cudaSuccess) return error;
+    devices.fetch_or(bit);
+  }
+  kernel<<<plan.gradient_grid, kGradientThreads, kBytes, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace flashkda::chunk_kda_bwd
