@@ -16,7 +16,8 @@
 //
 // Everything is transposed, as in the forward scan: rows of a product are channels (of V, then of K), columns tokens.
 // A warp owns 16 channels of every token, so that both solves, the sums over tokens and the products inside the tile
-// stay in its registers.
+// need no other warp. Its loops go over blocks of 16 tokens and are not unrolled: the whole tile as straight-line code
+// is 130 KB, more than the instruction cache holds.
 //
 // Decays inside the tile are split at a token between the two, so that both factors are at most 1: at the middle of
 // the tile (level 1), of its halves (level 2), and inside the four blocks of 16 tokens at their middle (level 3, where
@@ -46,7 +47,7 @@ namespace flashkda::chunk_kda_bwd {
 constexpr int kMathThreads = 256;
 constexpr int kGradientThreads = kMathThreads + 128;
 constexpr int kMathRegisters = 232;
-constexpr int kHelperRegisters = 48;
+constexpr int kHelperRegisters = 40;  // 256 x 232 + 128 x 40 is what 384 x 168 were
 
 // Operands are [64 tokens][64 channels] of 16 bits, two for a head, in the 128-byte swizzle.
 constexpr int kHalfBytes = 8192;
@@ -54,7 +55,6 @@ constexpr int kTensorBytes = 2 * kHalfBytes;
 constexpr int kBlockBytes = 2048;  // 16 tokens of a half
 constexpr int kBlocks = 4;
 
-// g of 32 bits has two tensors' bytes, of which the first is v's: v comes when g has been read.
 template <typename G>
 struct GradientLayout {
   static constexpr bool kWideGate = sizeof(G) == 4;
@@ -62,39 +62,44 @@ struct GradientLayout {
   static constexpr int kStateGradients = kStates + kStateBytes;
   static constexpr int kQuery = kStateGradients + kStateBytes;
   static constexpr int kKey = kQuery + kTensorBytes;
-  static constexpr int kValue = kKey + kTensorBytes;
-  static constexpr int kGate = kWideGate ? kValue : kValue + kTensorBytes;
-  static constexpr int kOutputGradient = kValue + 2 * kTensorBytes;
-  static constexpr int kWork = kOutputGradient + kTensorBytes;  // three tensors that change their meaning
-  static constexpr int kScores = kWork + 3 * kTensorBytes;      // bf16 [64][64] of 128 bytes, swizzled: P, then dP
-  static constexpr int kSystem = kScores + kHalfBytes;          // the same: -L and inverses on the diagonal, then dN
-  static constexpr int kSolve = kSystem + kHalfBytes;           // fp32 [4][kSolveStride]: diagonal blocks of L
-  static constexpr int kSolveStride = 1088;                     // bytes, 16 banks apart
-  static constexpr int kKeyNorm = kSolve + kBlocks * kSolveStride;  // fp32 [64] each
+  static constexpr int kValue = kKey + kTensorBytes;  // v, then U
+  static constexpr int kWork = kValue + kTensorBytes;  // g, then operands, then gradients on their way out
+  static constexpr int kOutputGradient = kWork + 2 * kTensorBytes;  // work as well, before dO and after it
+  static constexpr int kDecays = kOutputGradient + kTensorBytes;    // G, fp32 [4][2][256 threads][4]
+  static constexpr int kScores = kDecays + 2 * kTensorBytes;  // bf16 [64][64] of 128 bytes, swizzled: P, then dP
+  static constexpr int kSystem = kScores + kHalfBytes;        // the same: -L, inverses on the diagonal; then dN
+  static constexpr int kSolve = kSystem + kHalfBytes;         // fp32 [4][kSolveStride]: diagonal blocks of L
+  static constexpr int kSolveStride = 1088;                   // bytes, 16 banks apart
+  static constexpr int kReferences = kSolve + kBlocks * kSolveStride;  // fp32 [8][128]: G after every eighth token
+  static constexpr int kKeyNorm = kReferences + 8 * 4 * kHeadDim;      // fp32 [64] each
   static constexpr int kQueryNorm = kKeyNorm + 4 * kTile;
   static constexpr int kBeta = kQueryNorm + 4 * kTile;
-  static constexpr int kBetaSlots = kBeta + 4 * kTile;          // fp32 [4][64]: rowsum(dL * N), by level and column
-  static constexpr int kSums = kBetaSlots + 4 * 4 * kTile;      // fp32 [3][8 warps][64]: q dq, k dk, Y W
-  static constexpr int kTotals = kSums + 3 * 8 * 4 * kTile;     // fp32 [2][64]: what of q and k leaves dq and dk
-  static constexpr int kStateSums = kTotals + 2 * 4 * kTile;    // fp32 [2][128]: colsum(dS' * S)
+  static constexpr int kBetaSlots = kBeta + 4 * kTile;        // fp32 [4][64]: rowsum(dL * N), by level and column
+  static constexpr int kSums = kBetaSlots + 4 * 4 * kTile;    // fp32 [3][8 warps][64]: q dq, k dk, Y W
+  static constexpr int kTotals = kSums + 3 * 8 * 4 * kTile;   // fp32 [2][64]: what of q and k leaves dq and dk
+  static constexpr int kStateSums = kTotals + 2 * 4 * kTile;  // fp32 [2][128]: colsum(dS' * S)
   static constexpr int kRateSums = kStateSums + 2 * 4 * kHeadDim;  // fp32 [8]: A_log's, by warp
-  static constexpr int kInfo = kRateSums + 32;                  // [2] of 16 bytes
+  static constexpr int kInfo = kRateSums + 32;                // [2] of 16 bytes
   static constexpr int kBarriers = kInfo + 32;
-  static constexpr int kBytes = kBarriers + 32 + 1024;  // 1024 to align the base
+  static constexpr int kBytes = kBarriers + 48 + 1024;  // 1024 to align the base
   static_assert(kBytes <= 232448);
 };
 
 // Barriers, with who arrives and who waits:
-//   full_tokens   the loader's thread and TMA's bytes (q, k, g)           -> math warps
-//   full_states   the loader's thread and TMA's bytes (S, dS', v, dO)     -> math warps, the state sum's warp
-//   free_tokens   math's thread 0, behind a barrier of all math warps     -> loader
-//   free_states   the same                                                -> loader
+//   full_tokens   the loader's thread and TMA's bytes (q, k, g)       -> math warps
+//   full_states   the loader's thread and TMA's bytes (S, dS', v)     -> math warps, the state sum's warp
+//   full_output   the loader's thread and TMA's bytes (dO)            -> math warps
+//   free_tokens   each math warp, at the end of a tile                -> loader
+//   free_states   math's thread 0, behind a barrier of all math warps -> loader
+//   free_output   the same: dO's place has been work until then       -> loader
 struct GradientBarriers {
   uint32_t base;
   __device__ uint32_t full_tokens() const { return base; }
   __device__ uint32_t full_states() const { return base + 8; }
-  __device__ uint32_t free_tokens() const { return base + 16; }
-  __device__ uint32_t free_states() const { return base + 24; }
+  __device__ uint32_t full_output() const { return base + 16; }
+  __device__ uint32_t free_tokens() const { return base + 24; }
+  __device__ uint32_t free_states() const { return base + 32; }
+  __device__ uint32_t free_output() const { return base + 40; }
 };
 
 // Named barriers: all math warps; diagonal blocks of L written (math arrives, the solving warps wait); inverses written
@@ -280,24 +285,8 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
         tma_load_4d(destination + half * kHalfBytes, map, barrier, half * 64, info.token, of_head, info.batch);
       }
     };
-    mbarrier_wait(barriers.free_tokens(), parity ^ 1);
-    if constexpr (L::kWideGate) mbarrier_wait(barriers.free_states(), parity ^ 1);
-    *reinterpret_cast<TileInfo*>(base + L::kInfo + slot * sizeof(TileInfo)) = info;
-    mbarrier_arrive_expect_tx(barriers.full_tokens(), (L::kWideGate ? 4 : 3) * kTensorBytes);
-    load(shared + L::kKey, &a.k, barriers.full_tokens(), head);
-    load(shared + L::kQuery, &a.q, barriers.full_tokens(), head);
-    if constexpr (L::kWideGate) {
-#pragma unroll
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        tma_load_4d(shared + L::kGate + quarter * kHalfBytes, &a.g, barriers.full_tokens(), quarter * 32, info.token,
-                    value_head, info.batch);
-      }
-      mbarrier_wait(barriers.free_tokens(), parity);
-    } else {
-      load(shared + L::kGate, &a.g, barriers.full_tokens(), value_head);
-      mbarrier_wait(barriers.free_states(), parity ^ 1);
-    }
-    mbarrier_arrive_expect_tx(barriers.full_states(), 2 * kStateBytes + 2 * kTensorBytes);
+    mbarrier_wait(barriers.free_states(), parity ^ 1);
+    mbarrier_arrive_expect_tx(barriers.full_states(), 2 * kStateBytes + kTensorBytes);
     const size_t state = size_t(image) * kStateBytes;
     cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.states + state,
                                    shared_pointer<uint64_t>(barriers.full_states()),
@@ -306,7 +295,21 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
     cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.state_gradients + state,
                                    shared_pointer<uint64_t>(barriers.full_states()),
                                    shared_pointer(shared + L::kStateGradients), kStateBytes);
-    load(shared + L::kOutputGradient, &a.d_o, barriers.full_states(), value_head);
+
+    mbarrier_wait(barriers.free_tokens(), parity ^ 1);
+    *reinterpret_cast<TileInfo*>(base + L::kInfo + slot * sizeof(TileInfo)) = info;
+    mbarrier_arrive_expect_tx(barriers.full_tokens(), (L::kWideGate ? 4 : 3) * kTensorBytes);
+    load(shared + L::kKey, &a.k, barriers.full_tokens(), head);
+    load(shared + L::kQuery, &a.q, barriers.full_tokens(), head);
+#pragma unroll
+    for (int part = 0; part < (L::kWideGate ? 4 : 2); ++part) {
+      tma_load_4d(shared + L::kWork + part * kHalfBytes, &a.g, barriers.full_tokens(), part * (L::kWideGate ? 32 : 64),
+                  info.token, value_head, info.batch);
+    }
+
+    mbarrier_wait(barriers.free_output(), parity);
+    mbarrier_arrive_expect_tx(barriers.full_output(), kTensorBytes);
+    load(shared + L::kOutputGradient, &a.d_o, barriers.full_output(), value_head);
   }
 }
 
@@ -421,6 +424,34 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[8], uint32_t a, int
   }
 }
 
+// A block to the other end of an array of all four.
+template <typename X, int kCount>
+__device__ __forceinline__ void turn(X (&x)[kCount]) {
+  constexpr int kBlock = kCount / kBlocks;
+  X first[kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) first[i] = x[i];
+#pragma unroll
+  for (int i = 0; i < kCount - kBlock; ++i) x[i] = x[i + kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) x[kCount - kBlock + i] = first[i];
+}
+
+template <typename X, int kCount>
+__device__ __forceinline__ void turn_back(X (&x)[kCount]) {
+  constexpr int kBlock = kCount / kBlocks;
+  X last[kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) last[i] = x[kCount - kBlock + i];
+#pragma unroll
+  for (int i = kCount - 1; i >= kBlock; --i) x[i] = x[i - kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) x[i] = last[i];
+}
+
+// The eighth of the tile at whose end decays between two blocks are split.
+__device__ __forceinline__ int split(int b, int c) { return b == c ? 2 * b : (b ^ c) >= 2 ? 3 : b < 2 ? 1 : 5; }
+
 template <typename T, typename G, bool kBounded>
 __device__ void differentiate(const GradientArguments& arguments, uint32_t shared, GradientBarriers barriers) {
   using L = GradientLayout<G>;
@@ -442,9 +473,9 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
   const uint32_t mine = warpgroup * kHalfBytes + mine_in_half;
   const uint32_t mine_of_two = warpgroup * (kHalfBytes / 2) + mine_in_half;  // of two blocks alone
   const uint32_t work = shared + L::kWork;
-  const uint32_t key_norms = shared + L::kKeyNorm + pair * 4;
-  const uint32_t query_norms = shared + L::kQueryNorm + pair * 4;
   const uint32_t betas = shared + L::kBeta + pair * 4;
+  const uint32_t decays = shared + L::kDecays + thread * 16;
+  const uint32_t references = shared + L::kReferences + channel * 4;
   const auto block_of = [&](uint32_t square, int i, int j) {  // of a 64 x 64 matrix, for ldmatrix
     return square + i * kBlockBytes + (matrix ^ uint32_t(j * 32));
   };
@@ -465,77 +496,71 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     const int valid = int(where.z);
     const int64_t first_row = int64_t(where.y) * p.tokens + where.x;  // of an output, of this tile
 
-    // Norms, beta, and zeros for what is not the sequence's. Four threads a token.
+    // q and k normalised in place, as bf16, zeros in rows that are not the sequence's; beta. Four threads a token.
     {
       const int token = thread / 4, quarter = thread % 4;
-      float k_square = 0.f, q_square = 0.f;
       float beta = 0.f;
       if (quarter == 0 && token < valid) {
-        beta = load_element(p.beta, int64_t(where.y) * p.beta_stride.batch + int64_t(where.x + token) * p.beta_stride.token +
-                                        value_head * p.beta_stride.head, p.beta_dtype);
+        beta = load_element(p.beta,
+                            int64_t(where.y) * p.beta_stride.batch + int64_t(where.x + token) * p.beta_stride.token +
+                                value_head * p.beta_stride.head,
+                            p.beta_dtype);
       }
+#pragma unroll 1
+      for (int which = 0; which < 2; ++which) {
+        const uint32_t tensor = shared + (which ? L::kKey : L::kQuery) + quarter / 2 * kHalfBytes + token * 128;
+        const auto address = [&](int i) {  // no two of 8 neighbouring threads in the same banks
+          return tensor + ((uint32_t(quarter % 2 * 4 + (i ^ (quarter / 2 * 2))) ^ (token % 8)) << 4);
+        };
+        float x[4][8];
+        float square = 0.f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int chunk = quarter % 2 * 4 + (i ^ (quarter / 2 * 2));
-        const uint32_t address =
-            shared + quarter / 2 * kHalfBytes + token * 128 + ((uint32_t(chunk) ^ (token % 8)) << 4);
-        if (token >= valid) {
-          store_shared(address + L::kKey, make_uint4(0, 0, 0, 0));
-          store_shared(address + L::kQuery, make_uint4(0, 0, 0, 0));
-          continue;
+        for (int i = 0; i < 4; ++i) {
+          const uint4 loaded = load_shared<uint4>(address(i));
+          const uint32_t bits[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+          unpack_block<T>(x[i], bits);
+#pragma unroll
+          for (int c = 0; c < 8; ++c) square = fmaf(x[i][c], x[i][c], square);
         }
-        const uint4 k = load_shared<uint4>(address + L::kKey), q = load_shared<uint4>(address + L::kQuery);
-        const uint32_t k_bits[4] = {k.x, k.y, k.z, k.w}, q_bits[4] = {q.x, q.y, q.z, q.w};
-        float x[8], y[8];
-        unpack_block<T>(x, k_bits);
-        unpack_block<T>(y, q_bits);
+        square += __shfl_xor_sync(0xffffffffu, square, 1);
+        square += __shfl_xor_sync(0xffffffffu, square, 2);
+        const float norm = (p.qk_l2norm ? rsqrt(square + 1e-6f) : 1.f) * (which ? 1.f : p.scale);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          k_square = fmaf(x[c], x[c], k_square);
-          q_square = fmaf(y[c], y[c], q_square);
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int c = 0; c < 8; ++c) x[i][c] = token < valid ? x[i][c] * norm : 0.f;
+          uint32_t bits[4];
+          pack_block(bits, x[i]);
+          store_shared(address(i), make_uint4(bits[0], bits[1], bits[2], bits[3]));
         }
-      }
-#pragma unroll
-      for (int offset = 1; offset < 4; offset *= 2) {
-        k_square += __shfl_xor_sync(0xffffffffu, k_square, offset);
-        q_square += __shfl_xor_sync(0xffffffffu, q_square, offset);
+        if (quarter == 0) store_shared(shared + (which ? L::kKeyNorm : L::kQueryNorm) + token * 4, norm);
       }
       if (quarter == 0) {
         if (p.beta_sigmoid) beta = sigmoid(beta);
-        store_shared(shared + L::kKeyNorm + token * 4, p.qk_l2norm ? rsqrt(k_square + 1e-6f) : 1.f);
-        store_shared(shared + L::kQueryNorm + token * 4, (p.qk_l2norm ? rsqrt(q_square + 1e-6f) : 1.f) * p.scale);
         store_shared(shared + L::kBeta + token * 4, token < valid ? beta * p.beta_factor : 0.f);
       }
     }
-    if (valid < kTile) {
-      cutlass::arch::fence_view_async_shared();
-      math_sync();
-    }
 
-    // This warp's channels of q, k and g stay in registers from here on, q and k as they came.
-    uint32_t k_bits[16], q_bits[16], x_bits[16];
-    float G_sum[kElements];
+    // Cumulative log decays, each thread's where only it reads them; g stays in registers, as fp16 where it had 32 bits.
+    uint32_t x_bits[16];
     {
       float carry[2] = {};
-#pragma unroll
+#pragma unroll 1
       for (int b = 0; b < kBlocks; ++b) {
-        ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(k_bits + 4 * b), shared + L::kKey + mine + b * kBlockBytes);
-        ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(q_bits + 4 * b),
-                          shared + L::kQuery + mine + b * kBlockBytes);
-        float x[8];
+        uint32_t bits[4];
+        float x[8], sums[8];
         if constexpr (L::kWideGate) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const int token = 16 * b + i / 4 * 8 + pair + i % 2, c = channel + i / 2 % 2 * 8;
-            x[i] = load_shared<float>(shared + L::kGate + c / 32 * kHalfBytes + token * 128 +
+            x[i] = load_shared<float>(work + c / 32 * kHalfBytes + token * 128 +
                                       ((uint32_t(c % 32 / 4) ^ (token % 8)) << 4) + c % 4 * 4);
           }
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x_bits[4 * b + i] = pack_fp16(x[2 * i], x[2 * i + 1]);
+          for (int i = 0; i < 4; ++i) bits[i] = pack_fp16(x[2 * i], x[2 * i + 1]);
         } else {
-          ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(x_bits + 4 * b),
-                            shared + L::kGate + mine + b * kBlockBytes);
-          unpack_block<T>(x, x_bits + 4 * b);
+          ldmatrix_x4_trans(bits, work + mine + b * kBlockBytes);
+          unpack_block<T>(x, bits);
         }
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
@@ -548,58 +573,58 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
           other = __shfl_up_sync(0xffffffffu, sum, 2, 4);
           if (lane % 4 >= 2) sum += other;
           other = __shfl_up_sync(0xffffffffu, sum, 1, 4);
-          G_sum[8 * b + i] = carry[half] + (lane % 4 ? other : 0.f) + x0;
-          G_sum[8 * b + i + 1] = carry[half] + sum;
-          carry[half] = __shfl_sync(0xffffffffu, G_sum[8 * b + i + 1], 3, 4);
+          sums[i] = carry[half] + (lane % 4 ? other : 0.f) + x0;
+          sums[i + 1] = carry[half] + sum;
+          carry[half] = __shfl_sync(0xffffffffu, sums[i + 1], 3, 4);
+          if (lane % 4 == 0) store_shared(references + (2 * b + i / 4) * 4 * kHeadDim + half * 32, carry[half]);
         }
+        store_shared(decays + b * 8192, make_float4(sums[0], sums[1], sums[2], sums[3]));
+        store_shared(decays + b * 8192 + 4096, make_float4(sums[4], sums[5], sums[6], sums[7]));
+#pragma unroll
+        for (int i = 0; i < 12; ++i) x_bits[i] = x_bits[i + 4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x_bits[12 + i] = bits[i];
       }
     }
-    // The cumulative log decays at the ends of 8 tokens, of both channels.
-    const auto sum_at = [&](int eighth, int half) {
-      return __shfl_sync(0xffffffffu, G_sum[4 * eighth + 2 * half + 1], 3, 4);
+    math_sync();
+
+    // A block of this warp's channels.
+    const auto read_block = [&](float(&x)[8], uint32_t tensor, int b) {
+      uint32_t bits[4];
+      ldmatrix_x4_trans(bits, tensor + mine + b * kBlockBytes);
+      unpack_block<__nv_bfloat16>(x, bits);
     };
-    // k or q of a block in fp32, normalised.
-    const auto normalised = [&](float(&x)[8], const uint32_t* bits, uint32_t norms, int b) {
-      unpack_block<T>(x, bits + 4 * b);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 norm = token_pair(norms, 2 * b + i);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          x[4 * i + 2 * half] *= norm.x;
-          x[4 * i + 2 * half + 1] *= norm.y;
-        }
-      }
+    const auto read_decays = [&](float(&x)[8], int b) {
+      const float4 low = load_shared<float4>(decays + b * 8192), high = load_shared<float4>(decays + b * 8192 + 4096);
+      x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+      x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
     };
-    // exp of (sign) times the log decay from a token between, block b.
-    const auto factors = [&](float(&f)[8], int b, const float(&from)[2], bool negative) {
+    // exp(G - G_at) with sign 1, exp(G_at - G) with sign -1, where `at` is the end of an eighth of the tile.
+    const auto factors = [&](float(&f)[8], const float(&sums)[8], int at, float sign) {
+      const float from[2] = {sign * load_shared<float>(references + at * 4 * kHeadDim),
+                             sign * load_shared<float>(references + at * 4 * kHeadDim + 32)};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float x = G_sum[8 * b + i] - from[i / 2 % 2];
-        f[i] = ex2(negative ? -x : x);
-      }
+      for (int i = 0; i < 8; ++i) f[i] = ex2(fmaf(sign, sums[i], -from[i / 2 % 2]));
     };
     const auto scaled = [&](uint32_t(&bits)[4], const float(&x)[8], const float(&f)[8]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) bits[i] = pack_bf16(x[2 * i] * f[2 * i], x[2 * i + 1] * f[2 * i + 1]);
     };
-    math_sync();
-    if (thread == 0) mbarrier_arrive(barriers.free_tokens());
 
     // Level 3: rows of k, columns of k, rows of q.
-#pragma unroll
+#pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
-      const float from[2] = {sum_at(2 * b, 0), sum_at(2 * b, 1)};
-      float k[8], q[8], f[8];
+      float k[8], q[8], sums[8], f[8];
       uint32_t bits[4];
-      normalised(k, k_bits, key_norms, b);
-      normalised(q, q_bits, query_norms, b);
-      factors(f, b, from, false);
+      read_block(k, shared + L::kKey, b);
+      read_block(q, shared + L::kQuery, b);
+      read_decays(sums, b);
+      factors(f, sums, 2 * b, 1.f);
       scaled(bits, k, f);
       stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
       scaled(bits, q, f);
       stmatrix_x4_trans(work + 2 * kTensorBytes + mine + b * kBlockBytes, bits);
-      factors(f, b, from, true);
+      factors(f, sums, 2 * b, -1.f);
       scaled(bits, k, f);
       stmatrix_x4_trans(work + kTensorBytes + mine + b * kBlockBytes, bits);
     }
@@ -644,28 +669,24 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 
     // Levels 1 and 2: each block is rows or columns. Work: k of level 1, k of level 2, q's rows of level 1, of level 2.
     constexpr int kLevel2 = kTensorBytes, kQuery1 = 2 * kTensorBytes, kQuery2 = kQuery1 + kHalfBytes;
-    const auto level_factors = [&](float(&f)[8], int level, int b) {
-      const int at = level == 1 ? 3 : b < 2 ? 1 : 5;
-      const float from[2] = {sum_at(at, 0), sum_at(at, 1)};
-      factors(f, b, from, level == 1 ? b < 2 : b % 2 == 0);
-    };
-#pragma unroll
+#pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
-      float k[8], q[8], f[8];
+      float k[8], q[8], sums[8], f[8];
       uint32_t bits[4];
-      normalised(k, k_bits, key_norms, b);
-      if (b > 0) normalised(q, q_bits, query_norms, b);
-      level_factors(f, 1, b);
+      read_block(k, shared + L::kKey, b);
+      read_block(q, shared + L::kQuery, b);
+      read_decays(sums, b);
+      factors(f, sums, 3, b < 2 ? -1.f : 1.f);
       scaled(bits, k, f);
       stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
       if (b >= 2) {
         scaled(bits, q, f);
         stmatrix_x4_trans(work + kQuery1 + mine_of_two + (b - 2) * kBlockBytes, bits);
       }
-      level_factors(f, 2, b);
+      factors(f, sums, b < 2 ? 1 : 5, b % 2 ? 1.f : -1.f);
       scaled(bits, k, f);
       stmatrix_x4_trans(work + kLevel2 + mine + b * kBlockBytes, bits);
-      if (b % 2 == 1) {
+      if (b % 2) {
         scaled(bits, q, f);
         stmatrix_x4_trans(work + kQuery2 + mine_of_two + b / 2 * kBlockBytes, bits);
       }
@@ -690,45 +711,45 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       multiply_blocks(x, queries, kHalfBytes / 2, columns, kHalfBytes, matrix);
       store_block(shared + L::kScores, block_row, block_column, x);
     }
+    cutlass::arch::fence_view_async_shared();
     math_sync();
+    if (thread == 0) mbarrier_arrive(barriers.free_output());
 
     // Kd and Kr.
-#pragma unroll
+#pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
-      float k[8], f[8];
+      float k[8], sums[8], f[8];
       uint32_t bits[4];
-      normalised(k, k_bits, key_norms, b);
-      const float start[2] = {0.f, 0.f}, end[2] = {sum_at(7, 0), sum_at(7, 1)};
-      factors(f, b, start, false);
+      read_block(k, shared + L::kKey, b);
+      read_decays(sums, b);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) f[i] = ex2(sums[i]);
       scaled(bits, k, f);
       stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
-      factors(f, b, end, true);
+      factors(f, sums, 7, -1.f);
       scaled(bits, k, f);
       stmatrix_x4_trans(work + kTensorBytes + mine + b * kBlockBytes, bits);
     }
     mbarrier_wait(barriers.full_states(), parity);
-    if (valid < kTile || std::is_same_v<T, __half>) {
-      // Products take dO as bf16.
+    // Zeros in rows that are not the sequence's; bf16, which is what products take, where T is not.
+    const auto clean = [&](uint32_t tensor, bool convert) {
       const int token = thread / 4;
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < 4; ++i) {
-        const int chunk = thread % 2 * 4 + i;
-        const uint32_t address =
-            shared + thread / 2 % 2 * kHalfBytes + token * 128 + ((uint32_t(chunk) ^ (token % 8)) << 4);
-        if (token >= valid) {
-          store_shared(address + L::kValue, make_uint4(0, 0, 0, 0));
-          store_shared(address + L::kOutputGradient, make_uint4(0, 0, 0, 0));
-        } else if constexpr (std::is_same_v<T, __half>) {
-          const uint4 bits = load_shared<uint4>(address + L::kOutputGradient);
-          const uint32_t in[4] = {bits.x, bits.y, bits.z, bits.w};
-          float x[8];
-          unpack_block<T>(x, in);
-          uint32_t out[4];
-          pack_block(out, x);
-          store_shared(address + L::kOutputGradient, make_uint4(out[0], out[1], out[2], out[3]));
-        }
+        const uint32_t address = tensor + thread / 2 % 2 * kHalfBytes + token * 128 +
+                                 ((uint32_t(thread % 2 * 4 + i) ^ (token % 8)) << 4);
+        const uint4 loaded = load_shared<uint4>(address);
+        const uint32_t in[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+        float x[8];
+        unpack_block<T>(x, in);
+        uint32_t out[4];
+        pack_block(out, x);
+        uint4 bits = convert ? make_uint4(out[0], out[1], out[2], out[3]) : loaded;
+        if (token >= valid) bits = make_uint4(0, 0, 0, 0);
+        store_shared(address, bits);
       }
-    }
+    };
+    if (valid < kTile) clean(shared + L::kValue, false);
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(kMathThreads + 64, kInverseReady);
     math_sync();
@@ -752,12 +773,6 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
           swizzled_128b(work + kTensorBytes + s / 4 * kHalfBytes + s % 4 * 32),
           s == 0 ? ScaleOut::Zero : ScaleOut::One);
     }
-#pragma unroll
-    for (int s = 0; s < kBlocks; ++s) {
-      wgmma_shared<Major::MN, Major::MN>(
-          to_updates, swizzled_128b(shared + L::kOutputGradient + warpgroup * kHalfBytes + s * kBlockBytes),
-          swizzled_128b(shared + L::kScores + s * kBlockBytes), ScaleOut::One);
-    }
     cute::warpgroup_commit_batch();
 
     // W, and U by forward substitution.
@@ -769,6 +784,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(v_bits + 4 * b),
                           shared + L::kValue + mine + b * kBlockBytes);
       }
+      __syncwarp();  // U takes v's place
       cute::warpgroup_wait<1>();
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
@@ -797,7 +813,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       multiply_rows(u, x, inverse);
       uint32_t(&bits)[4] = *reinterpret_cast<uint32_t(*)[4]>(u_bits + 4 * b);
       pack_block(bits, u);
-      stmatrix_x4_trans(work + 2 * kTensorBytes + mine + b * kBlockBytes, bits);
+      stmatrix_x4_trans(shared + L::kValue + mine + b * kBlockBytes, bits);
 #pragma unroll
       for (int later = b + 1; later < kBlocks; ++later) {
         uint32_t y[4];
@@ -805,6 +821,20 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         multiply_rows(to_values + 8 * later, bits, y);
       }
     }
+    mbarrier_wait(barriers.full_output(), parity);
+    if (valid < kTile || std::is_same_v<T, __half>) {
+      clean(shared + L::kOutputGradient, true);
+      cutlass::arch::fence_view_async_shared();
+      math_sync();
+    }
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int s = 0; s < kBlocks; ++s) {
+      wgmma_shared<Major::MN, Major::MN>(
+          to_updates, swizzled_128b(shared + L::kOutputGradient + warpgroup * kHalfBytes + s * kBlockBytes),
+          swizzled_128b(shared + L::kScores + s * kBlockBytes), ScaleOut::One);
+    }
+    cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     math_sync();  // Kd and Kr have been read
 
@@ -862,7 +892,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
                                         s == 0 ? ScaleOut::Zero : ScaleOut::One);
       wgmma_shared<Major::MN, Major::K>(
           d_sum, swizzled_128b(shared + L::kStateGradients + warpgroup * (kStateBytes / 2) + s * kBlockBytes),
-          swizzled_128b(work + 2 * kTensorBytes + s / 4 * kHalfBytes + s % 4 * 32),
+          swizzled_128b(shared + L::kValue + s / 4 * kHalfBytes + s % 4 * 32),
           s == 0 ? ScaleOut::Zero : ScaleOut::One);
     }
     cute::warpgroup_commit_batch();
@@ -885,7 +915,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       }
     };
     {
-      const uint32_t updates = work + 2 * kTensorBytes;
+      const uint32_t updates = shared + L::kValue;
       float x[8];
       multiply_blocks(x, (warp < 4 ? work : shared + L::kOutputGradient) + diagonal * kBlockBytes, kHalfBytes,
                       updates + diagonal * kBlockBytes, kHalfBytes, matrix);
@@ -945,189 +975,137 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     math_sync();
     if (thread == 0) mbarrier_arrive(barriers.free_states());
 
-    // g waits in shared memory, where only this thread reads it, while registers are scarce.
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      store_shared(work + b * 4096 + thread * 16,
-                   make_uint4(x_bits[4 * b], x_bits[4 * b + 1], x_bits[4 * b + 2], x_bits[4 * b + 3]));
-    }
-
-    // What comes through the states.
+    // Block by block. The arrays turn by a block each time round, so that block b is their first.
     float tail[2] = {};  // of dG's last row
-#pragma unroll
+#pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
-      float k[8], q[8];
-      normalised(k, k_bits, key_norms, b);
-      normalised(q, q_bits, query_norms, b);
-      const float end[2] = {sum_at(7, 0), sum_at(7, 1)};
+      float k[8], q[8], sums[8], f[8];
+      read_block(k, shared + L::kKey, b);
+      read_block(q, shared + L::kQuery, b);
+      read_decays(sums, b);
+      // What comes through the states.
+      factors(f, sums, 7, -1.f);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = 8 * b + i;
-        const float from_start = ex2(G_sum[n]), to_end = ex2(end[i / 2 % 2] - G_sum[n]);
-        const float up = -from_start * d_key[n], down = to_end * d_sum[n];
+      for (int n = 0; n < 8; ++n) {
+        const float from_start = ex2(sums[n]);
+        const float up = -from_start * d_key[n], down = f[n] * d_sum[n];
         d_query[n] *= from_start;
         d_key[n] = up + down;
-        tail[i / 2 % 2] = fmaf(k[i], down, tail[i / 2 % 2]);
-        d_sum[n] = fmaf(q[i], d_query[n], k[i] * (up - down));
+        tail[n / 2 % 2] = fmaf(k[n], down, tail[n / 2 % 2]);
+        d_sum[n] = fmaf(q[n], d_query[n], k[n] * (up - down));
       }
-    }
-
-    // Adds what rows `b` get through the products by_query and by_key, whose operands had the factors `f`.
-    const auto add_rows = [&](int b, const float(&f)[8], const uint32_t(&q_rows)[4], const uint32_t(&k_rows)[4],
-                              const float(&by_query)[8], const float(&by_key)[8]) {
-      float q[8], k[8];
-      unpack_block<__nv_bfloat16>(q, q_rows);
-      unpack_block<__nv_bfloat16>(k, k_rows);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = 8 * b + i;
-        d_query[n] = fmaf(f[i], by_query[i], d_query[n]);
-        d_key[n] = fmaf(f[i], by_key[i], d_key[n]);
-        d_sum[n] = fmaf(q[i], by_query[i], fmaf(k[i], by_key[i], d_sum[n]));
-      }
-    };
-    const auto add_columns = [&](int b, const float(&f)[8], const uint32_t(&k_columns)[4], const float(&down)[8]) {
-      float k[8];
-      unpack_block<__nv_bfloat16>(k, k_columns);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = 8 * b + i;
-        d_key[n] = fmaf(f[i], down[i], d_key[n]);
-        d_sum[n] = fmaf(-k[i], down[i], d_sum[n]);
-      }
-    };
-    // Level 3.
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const float from[2] = {sum_at(2 * b, 0), sum_at(2 * b, 1)};
-      float k[8], q[8], f[8];
-      uint32_t k_rows[4], q_rows[4], k_columns[4], dP[4], dN[4];
-      normalised(k, k_bits, key_norms, b);
-      normalised(q, q_bits, query_norms, b);
-      factors(f, b, from, true);
-      scaled(k_columns, k, f);
-      float down[8] = {};
-      {
-        float rows[8];
-        factors(rows, b, from, false);
-        scaled(k_rows, k, rows);
-        scaled(q_rows, q, rows);
-      }
-      ldmatrix_x4_trans(dN, block_of(shared + L::kSystem, b, b));
-      ldmatrix_x4_trans(dP, block_of(shared + L::kScores, b, b));
-      multiply_columns(down, k_rows, dN);
-      multiply_columns(down, q_rows, dP);
-      add_columns(b, f, k_columns, down);
-      float by_query[8] = {}, by_key[8] = {};
-      ldmatrix_x4(dN, block_of(shared + L::kSystem, b, b));
-      ldmatrix_x4(dP, block_of(shared + L::kScores, b, b));
-      multiply_rows(by_query, k_columns, dP);
-      multiply_rows(by_key, k_columns, dN);
-      factors(f, b, from, false);
-      add_rows(b, f, q_rows, k_rows, by_query, by_key);
-    }
-    // Levels 2 and 1: columns `first` to `first + count - 1`, rows the `count` blocks after them.
-    const auto add_level = [&](auto level_constant, auto first_constant) {
-      constexpr int level = decltype(level_constant)::value, first = decltype(first_constant)::value;
-      constexpr int count = level == 1 ? 2 : 1;
-      uint32_t k_columns[count][4];
-      float down[count][8] = {};
-#pragma unroll
-      for (int j = 0; j < count; ++j) {
-        float k[8], f[8];
-        normalised(k, k_bits, key_norms, first + j);
-        level_factors(f, level, first + j);
-        scaled(k_columns[j], k, f);
-      }
-#pragma unroll
-      for (int i = first + count; i < first + 2 * count; ++i) {
-        float f[8];
-        uint32_t k_rows[4], q_rows[4];
-        level_factors(f, level, i);
+      // As rows, with columns of its own and earlier blocks.
+#pragma unroll 1
+      for (int c = 0; c <= b; ++c) {
+        const int at = split(b, c);
+        uint32_t columns[4], dP[4], dN[4], bits[4];
+        ldmatrix_x4(dP, block_of(shared + L::kScores, b, c));
+        ldmatrix_x4(dN, block_of(shared + L::kSystem, b, c));
         {
-          float x[8];
-          normalised(x, k_bits, key_norms, i);
-          scaled(k_rows, x, f);
-          normalised(x, q_bits, query_norms, i);
-          scaled(q_rows, x, f);
+          float x[8], their_sums[8];
+          read_block(x, shared + L::kKey, c);
+          read_decays(their_sums, c);
+          factors(f, their_sums, at, -1.f);
+          scaled(columns, x, f);
         }
         float by_query[8] = {}, by_key[8] = {};
+        multiply_rows(by_query, columns, dP);
+        multiply_rows(by_key, columns, dN);
+        factors(f, sums, at, 1.f);
+        float x[8];
+        scaled(bits, q, f);
+        unpack_block<__nv_bfloat16>(x, bits);
 #pragma unroll
-        for (int j = 0; j < count; ++j) {
-          uint32_t dP[4], dN[4];
-          ldmatrix_x4(dP, block_of(shared + L::kScores, i, first + j));
-          ldmatrix_x4(dN, block_of(shared + L::kSystem, i, first + j));
-          multiply_rows(by_query, k_columns[j], dP);
-          multiply_rows(by_key, k_columns[j], dN);
-          ldmatrix_x4_trans(dP, block_of(shared + L::kScores, i, first + j));
-          ldmatrix_x4_trans(dN, block_of(shared + L::kSystem, i, first + j));
-          multiply_columns(down[j], q_rows, dP);
-          multiply_columns(down[j], k_rows, dN);
+        for (int n = 0; n < 8; ++n) {
+          d_query[n] = fmaf(f[n], by_query[n], d_query[n]);
+          d_sum[n] = fmaf(x[n], by_query[n], d_sum[n]);
         }
-        add_rows(i, f, q_rows, k_rows, by_query, by_key);
+        scaled(bits, k, f);
+        unpack_block<__nv_bfloat16>(x, bits);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          d_key[n] = fmaf(f[n], by_key[n], d_key[n]);
+          d_sum[n] = fmaf(x[n], by_key[n], d_sum[n]);
+        }
       }
+      // As columns, with rows of its own and later blocks.
+#pragma unroll 1
+      for (int c = b; c < kBlocks; ++c) {
+        const int at = split(b, c);
+        uint32_t rows[4], d[4];
+        float x[8], their_sums[8], down[8] = {};
+        read_decays(their_sums, c);
+        factors(f, their_sums, at, 1.f);
+        read_block(x, shared + L::kKey, c);
+        scaled(rows, x, f);
+        ldmatrix_x4_trans(d, block_of(shared + L::kSystem, c, b));
+        multiply_columns(down, rows, d);
+        read_block(x, shared + L::kQuery, c);
+        scaled(rows, x, f);
+        ldmatrix_x4_trans(d, block_of(shared + L::kScores, c, b));
+        multiply_columns(down, rows, d);
+        factors(f, sums, at, -1.f);
+        scaled(rows, k, f);
+        unpack_block<__nv_bfloat16>(x, rows);
 #pragma unroll
-      for (int j = 0; j < count; ++j) {
-        float f[8];
-        level_factors(f, level, first + j);
-        add_columns(first + j, f, k_columns[j], down[j]);
+        for (int n = 0; n < 8; ++n) {
+          d_key[n] = fmaf(f[n], down[n], d_key[n]);
+          d_sum[n] = fmaf(-x[n], down[n], d_sum[n]);
+        }
       }
-    };
-    add_level(std::integral_constant<int, 2>{}, std::integral_constant<int, 0>{});
-    add_level(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});
-    add_level(std::integral_constant<int, 1>{}, std::integral_constant<int, 0>{});
-
-    // What normalisation takes: q . dq and k . dk of each token.
-    {
-      float sums[16];
+      // What normalisation takes: q . dq and k . dk of each token, summed over this warp's channels. A butterfly over
+      // the 8 lanes that hold a token leaves each with one of 8 sums.
+      {
+        float x[8];
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
+        for (int i = 0; i < 4; ++i) {
+          const int n = i / 2 * 4 + i % 2;
+          x[i] = fmaf(q[n], d_query[n], q[n + 2] * d_query[n + 2]);
+          x[4 + i] = fmaf(k[n], d_key[n], k[n + 2] * d_key[n + 2]);
+        }
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          float x[8];
-          normalised(x, which ? k_bits : q_bits, which ? key_norms : query_norms, b);
-          const float* d = (which ? d_key : d_query) + 8 * b;
+        for (int step = 0; step < 3; ++step) {
+          const int mask = 16 >> step, count = 4 >> step;
+          const bool upper = lane & mask;
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              sums[4 * b + 2 * i + e] = fmaf(x[4 * i + e], d[4 * i + e], x[4 * i + 2 + e] * d[4 * i + 2 + e]);
+          for (int i = 0; i < count; ++i) {
+            const float send = upper ? x[i] : x[i + count];
+            const float keep = upper ? x[i + count] : x[i];
+            x[i] = keep + __shfl_xor_sync(0xffffffffu, send, mask);
           }
         }
-        sum_channels(sums, shared + L::kSums + (which * 8 + warp) * 4 * kTile, lane);
+        const int token = 16 * b + lane / 8 % 2 * 8 + pair + lane / 4 % 2;
+        store_shared(shared + L::kSums + ((lane / 16 * 8 + warp) * kTile + token) * 4, x[0]);
       }
+      turn(d_query);
+      turn(d_key);
+      turn(d_sum);
     }
 
     // The gates' gradients.
     float rate_sum = 0.f;
     {
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const uint4 x = load_shared<uint4>(work + b * 4096 + thread * 16);
-        x_bits[4 * b] = x.x;
-        x_bits[4 * b + 1] = x.y;
-        x_bits[4 * b + 2] = x.z;
-        x_bits[4 * b + 3] = x.w;
-      }
       float carry[2], bias_sum[2] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         tail[half] += __shfl_xor_sync(0xffffffffu, tail[half], 1);
         tail[half] += __shfl_xor_sync(0xffffffffu, tail[half], 2);
         const float state_sum = load_shared<float>(shared + L::kStateSums + (slot * kHeadDim + channel + 8 * half) * 4);
-        carry[half] = fmaf(ex2(sum_at(7, half)), state_sum, tail[half]);
+        const float decayed = load_shared<float>(references + 7 * 4 * kHeadDim + half * 32);
+        carry[half] = fmaf(ex2(decayed), state_sum, tail[half]);
       }
-#pragma unroll
+      // The last block is the arrays' last, and turns to their front.
+#pragma unroll 1
       for (int b = kBlocks - 1; b >= 0; --b) {
         float x[8];
         if constexpr (L::kWideGate) {
-          unpack_block<__half>(x, x_bits + 4 * b);
+          unpack_block<__half>(x, x_bits + 12);
         } else {
-          unpack_block<T>(x, x_bits + 4 * b);
+          unpack_block<T>(x, x_bits + 12);
         }
 #pragma unroll
         for (int i = 6; i >= 0; i -= 2) {
-          const int half = i / 2 % 2, n = 8 * b + i, token = 16 * b + i / 4 * 8 + pair;
+          const int half = i / 2 % 2, n = 24 + i, token = 16 * b + i / 4 * 8 + pair;
           float sum = d_sum[n] + d_sum[n + 1];
           float other = __shfl_down_sync(0xffffffffu, sum, 1, 4);
           if (lane % 4 < 3) sum += other;
@@ -1148,6 +1126,8 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
             rate_sum += rate1;
           }
         }
+        turn_back(d_sum);
+        turn_back(x_bits);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -1172,9 +1152,8 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += load_shared<float>(shared + L::kSums + ((which * 8 + i) * kTile + token) * 4);
       if (which < 2) {
-        const float norm = load_shared<float>(shared + (which ? L::kKeyNorm : L::kQueryNorm) + token * 4);
-        const float inverse = which ? norm : norm / p.scale;
-        store_shared(shared + L::kTotals + thread * 4, p.qk_l2norm ? sum * inverse * inverse : 0.f);
+        if (which == 0) sum /= p.scale * p.scale;
+        store_shared(shared + L::kTotals + thread * 4, p.qk_l2norm ? sum : 0.f);
       } else if (p.dbeta && token < valid) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum += load_shared<float>(shared + L::kBetaSlots + (i * kTile + token) * 4);
@@ -1204,16 +1183,16 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const uint32_t totals = shared + L::kTotals + which * 4 * kTile + pair * 4;
+      const uint32_t norms = shared + (which ? L::kKeyNorm : L::kQueryNorm) + pair * 4;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         float x[8], d[8];
-        unpack_block<T>(x, (which ? k_bits : q_bits) + 4 * b);
+        read_block(x, shared + (which ? L::kKey : L::kQuery), b);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const float2 norm = token_pair(which ? key_norms : query_norms, 2 * b + i / 4);
-          const float2 total = token_pair(totals, 2 * b + i / 4);
+          const float2 norm = token_pair(norms, 2 * b + i / 4), total = token_pair(totals, 2 * b + i / 4);
           const float dx = (which ? d_key : d_query)[8 * b + i];
-          d[i] = fmaf(i % 2 ? norm.y : norm.x, dx, -(i % 2 ? total.y : total.x) * x[i]);
+          d[i] = (i % 2 ? norm.y : norm.x) * fmaf(-(i % 2 ? total.y : total.x), x[i], dx);
         }
         if (grouped) {
           void* to = which ? p.dk : p.dq;
@@ -1242,6 +1221,9 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     if (!grouped && p.dq) copy_out(work + 2 * kTensorBytes, p.dq);
     if (!grouped && p.dk) copy_out(work + kTensorBytes, p.dk);
     if (!L::kWideGate && p.dg) copy_out(work, p.dg);
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(barriers.free_tokens());
   }
 }
 
@@ -1257,8 +1239,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   if (threadIdx.x == 0) {
     mbarrier_init(barriers.full_tokens(), 1);
     mbarrier_init(barriers.full_states(), 1);
-    mbarrier_init(barriers.free_tokens(), 1);
+    mbarrier_init(barriers.full_output(), 1);
+    mbarrier_init(barriers.free_tokens(), kMathThreads / 32);
     mbarrier_init(barriers.free_states(), 1);
+    mbarrier_init(barriers.free_output(), 1);
     cutlass::arch::fence_barrier_init();
   }
   // Blocks above the diagonal, and the sums of blocks that have none, stay zero.
