@@ -21,7 +21,8 @@
 //
 // Decays inside the tile are split at a token between the two, so that both factors are at most 1: at the middle of
 // the tile (level 1), of its halves (level 2), and inside the four blocks of 16 tokens at their middle (level 3, where
-// both factors stay in range). Of a pair of tokens the later is a row, the earlier a column. The products with dP and
+// both factors stay in range). With bounded gates they stay in range inside a half as well, so that level 3 falls to
+// level 2. Of a pair of tokens the later is a row, the earlier a column. The products with dP and
 // dN use the same rounded factors on both sides, so that what a pair adds to dG of one token it takes from the other's
 // exactly, and the cumulative sums cancel as they should.
 #pragma once
@@ -268,6 +269,10 @@ __device__ __forceinline__ TileInfo read_tile(const GradientArguments& a, int im
 
 // ---- loader
 
+__device__ __forceinline__ void prefetch(const CUtensorMap* map, int channel, int head, const TileInfo& info) {
+  cute::SM90_TMA_LOAD_4D::PREFETCH::copy(map, channel, info.token, head, info.batch);
+}
+
 template <typename G>
 __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t* base, GradientBarriers barriers) {
   using L = GradientLayout<G>;
@@ -292,6 +297,13 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
                                    shared_pointer<uint64_t>(barriers.full_states()),
                                    shared_pointer(shared + L::kStates), kStateBytes);
     load(shared + L::kValue, &a.v, barriers.full_states(), value_head);
+    // What comes next has no place yet, but may come as far as L2.
+    for (int part = 0; part < 2; ++part) {
+      prefetch(&a.k, part * 64, head, info);
+      prefetch(&a.q, part * 64, head, info);
+    }
+    for (int part = 0; part < (L::kWideGate ? 4 : 2); ++part)
+      prefetch(&a.g, part * (L::kWideGate ? 32 : 64), value_head, info);
     cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.state_gradients + state,
                                    shared_pointer<uint64_t>(barriers.full_states()),
                                    shared_pointer(shared + L::kStateGradients), kStateBytes);
@@ -424,18 +436,18 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[8], uint32_t a, int
   }
 }
 
-// A block to the other end of an array of all four.
+// Swaps the halves of an array, so that a loop over them need not be unrolled.
 template <typename X, int kCount>
 __device__ __forceinline__ void turn(X (&x)[kCount]) {
-  constexpr int kBlock = kCount / kBlocks;
-  X first[kBlock];
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) first[i] = x[i];
-#pragma unroll
-  for (int i = 0; i < kCount - kBlock; ++i) x[i] = x[i + kBlock];
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) x[kCount - kBlock + i] = first[i];
+  for (int i = 0; i < kCount / 2; ++i) {
+    const X first = x[i];
+    x[i] = x[i + kCount / 2];
+    x[i + kCount / 2] = first;
+  }
 }
+
+// Moves the last of an array's four blocks to its front.
 
 template <typename X, int kCount>
 __device__ __forceinline__ void turn_back(X (&x)[kCount]) {
@@ -448,9 +460,6 @@ __device__ __forceinline__ void turn_back(X (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) x[i] = last[i];
 }
-
-// The eighth of the tile at whose end decays between two blocks are split.
-__device__ __forceinline__ int split(int b, int c) { return b == c ? 2 * b : (b ^ c) >= 2 ? 3 : b < 2 ? 1 : 5; }
 
 template <typename T, typename G, bool kBounded>
 __device__ void differentiate(const GradientArguments& arguments, uint32_t shared, GradientBarriers barriers) {
@@ -611,7 +620,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       for (int i = 0; i < 4; ++i) bits[i] = pack_bf16(x[2 * i] * f[2 * i], x[2 * i + 1] * f[2 * i + 1]);
     };
 
-    // Level 3: rows of k, columns of k, rows of q.
+    // Rows of k, columns of k, rows of q: level 3, and level 2 where the gate is bounded.
 #pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
       float k[8], q[8], sums[8], f[8];
@@ -619,12 +628,13 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       read_block(k, shared + L::kKey, b);
       read_block(q, shared + L::kQuery, b);
       read_decays(sums, b);
-      factors(f, sums, 2 * b, 1.f);
+      const int at = kBounded ? (b < 2 ? 1 : 5) : 2 * b;
+      factors(f, sums, at, 1.f);
       scaled(bits, k, f);
       stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
       scaled(bits, q, f);
       stmatrix_x4_trans(work + 2 * kTensorBytes + mine + b * kBlockBytes, bits);
-      factors(f, sums, 2 * b, -1.f);
+      factors(f, sums, at, -1.f);
       scaled(bits, k, f);
       stmatrix_x4_trans(work + kTensorBytes + mine + b * kBlockBytes, bits);
     }
@@ -639,16 +649,29 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     const auto row_beta = [&](int block, int half) {
       return load_shared<float>(shared + L::kBeta + (16 * block + row + 8 * half) * 4);
     };
+    // N by warps 0 to 3, who keep it, and P by the others: each a diagonal block and a block of level 1, two of them a
+    // block of level 2.
+    const bool is_N = warp < 4;
     const int diagonal = warp % 4;
-    float N_diagonal[8];  // of warps 0 to 3
-    multiply_blocks(N_diagonal, work + (warp < 4 ? 0 : 2 * kTensorBytes) + diagonal * kBlockBytes, kHalfBytes,
-                    work + kTensorBytes + diagonal * kBlockBytes, kHalfBytes, matrix);
-    if (warp < 4) {
+    const int row1 = 2 + diagonal / 2, column1 = diagonal % 2;
+    const bool has_level2 = diagonal < 2;
+    const int row2 = 2 * diagonal + 1, column2 = 2 * diagonal;
+    float N_diagonal[8], N_level1[8], N_level2[8] = {};
+    const auto store_score = [&](const float(&x)[8], int i, int j) {
+      float y[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
-        N_diagonal[i] = c < r ? N_diagonal[i] : 0.f;
-      }
+      for (int e = 0; e < 8; ++e) y[e] = is_N ? -row_beta(i, e / 2 % 2) * x[e] : x[e];
+      store_block(shared + (is_N ? L::kSystem : L::kScores), i, j, y);
+    };
+    const uint32_t rows3 = work + (is_N ? 0 : 2 * kTensorBytes), columns3 = work + kTensorBytes;
+    multiply_blocks(N_diagonal, rows3 + diagonal * kBlockBytes, kHalfBytes, columns3 + diagonal * kBlockBytes,
+                    kHalfBytes, matrix);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
+      N_diagonal[i] = c < r || (c == r && !is_N) ? N_diagonal[i] : 0.f;
+    }
+    if (is_N) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const int r = row + i / 2 % 2 * 8, c = pair + i / 4 * 8;
@@ -657,17 +680,18 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
                      make_float2(beta * N_diagonal[i], beta * N_diagonal[i + 1]));
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
-        N_diagonal[i] = c <= r ? N_diagonal[i] : 0.f;
-      }
       store_block(shared + L::kScores, diagonal, diagonal, N_diagonal);
     }
     cutlass::arch::NamedBarrier::arrive(kMathThreads + 64, kSystemReady);
+    if (kBounded && has_level2) {
+      multiply_blocks(N_level2, rows3 + row2 * kBlockBytes, kHalfBytes, columns3 + column2 * kBlockBytes, kHalfBytes,
+                      matrix);
+      store_score(N_level2, row2, column2);
+    }
     math_sync();
 
-    // Levels 1 and 2: each block is rows or columns. Work: k of level 1, k of level 2, q's rows of level 1, of level 2.
+    // Level 1, and level 2 where it has not been: each block is rows or columns. Work: k of level 1, k of level 2, q's
+    // rows of level 1, of level 2.
     constexpr int kLevel2 = kTensorBytes, kQuery1 = 2 * kTensorBytes, kQuery2 = kQuery1 + kHalfBytes;
 #pragma unroll 1
     for (int b = 0; b < kBlocks; ++b) {
@@ -683,33 +707,25 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         scaled(bits, q, f);
         stmatrix_x4_trans(work + kQuery1 + mine_of_two + (b - 2) * kBlockBytes, bits);
       }
-      factors(f, sums, b < 2 ? 1 : 5, b % 2 ? 1.f : -1.f);
-      scaled(bits, k, f);
-      stmatrix_x4_trans(work + kLevel2 + mine + b * kBlockBytes, bits);
-      if (b % 2) {
-        scaled(bits, q, f);
-        stmatrix_x4_trans(work + kQuery2 + mine_of_two + b / 2 * kBlockBytes, bits);
+      if constexpr (!kBounded) {
+        factors(f, sums, b < 2 ? 1 : 5, b % 2 ? 1.f : -1.f);
+        scaled(bits, k, f);
+        stmatrix_x4_trans(work + kLevel2 + mine + b * kBlockBytes, bits);
+        if (b % 2) {
+          scaled(bits, q, f);
+          stmatrix_x4_trans(work + kQuery2 + mine_of_two + b / 2 * kBlockBytes, bits);
+        }
       }
     }
     math_sync();
 
-    // Warps 0 to 3: the blocks of level 1; 4 and 5: those of level 2.
-    const bool has_block = warp < 6;
-    const int block_row = warp < 4 ? 2 + warp / 2 : 2 * (warp - 4) + 1;
-    const int block_column = warp < 4 ? warp % 2 : block_row - 1;
-    float N_block[8] = {};
-    if (has_block) {
-      const uint32_t keys = work + (warp < 4 ? 0 : kLevel2);
-      const uint32_t queries = work + (warp < 4 ? kQuery1 + (block_row - 2) * kBlockBytes
-                                                : kQuery2 + (warp - 4) * kBlockBytes);
-      const uint32_t columns = keys + block_column * kBlockBytes;
-      multiply_blocks(N_block, keys + block_row * kBlockBytes, kHalfBytes, columns, kHalfBytes, matrix);
-      float x[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = -row_beta(block_row, i / 2 % 2) * N_block[i];
-      store_block(shared + L::kSystem, block_row, block_column, x);
-      multiply_blocks(x, queries, kHalfBytes / 2, columns, kHalfBytes, matrix);
-      store_block(shared + L::kScores, block_row, block_column, x);
+    multiply_blocks(N_level1, is_N ? work + row1 * kBlockBytes : work + kQuery1 + (row1 - 2) * kBlockBytes,
+                    is_N ? kHalfBytes : kHalfBytes / 2, work + column1 * kBlockBytes, kHalfBytes, matrix);
+    store_score(N_level1, row1, column1);
+    if (!kBounded && has_level2) {
+      multiply_blocks(N_level2, is_N ? work + kLevel2 + row2 * kBlockBytes : work + kQuery2 + diagonal * kBlockBytes,
+                      is_N ? kHalfBytes : kHalfBytes / 2, work + kLevel2 + column2 * kBlockBytes, kHalfBytes, matrix);
+      store_score(N_level2, row2, column2);
     }
     cutlass::arch::fence_view_async_shared();
     math_sync();
@@ -897,45 +913,41 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     }
     cute::warpgroup_commit_batch();
 
-    // dP and dN, by the warps that have N; and what dL adds to dbeta.
-    const auto store_system_gradient = [&](float(&x)[8], const float(&N)[8], int i, int j, int beta_slot) {
-      float sums[2] = {};
+    // dN by the warps that have N, with what it adds to dbeta, and dP.
+    const auto store_score_gradient = [&](float(&x)[8], const float(&N)[8], int i, int j, int beta_slot) {
+      if (is_N) {
+        float sums[2] = {};
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        sums[e / 2 % 2] = fmaf(-x[e], N[e], sums[e / 2 % 2]);
-        x[e] *= -row_beta(i, e / 2 % 2);
-      }
-      store_block(shared + L::kSystem, i, j, x);
+        for (int e = 0; e < 8; ++e) {
+          sums[e / 2 % 2] = fmaf(-x[e], N[e], sums[e / 2 % 2]);
+          x[e] *= -row_beta(i, e / 2 % 2);
+        }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        sums[half] += __shfl_xor_sync(0xffffffffu, sums[half], 1);
-        sums[half] += __shfl_xor_sync(0xffffffffu, sums[half], 2);
-        if (lane % 4 == 0)
-          store_shared(shared + L::kBetaSlots + (beta_slot * kTile + 16 * i + row + 8 * half) * 4, sums[half]);
+        for (int half = 0; half < 2; ++half) {
+          sums[half] += __shfl_xor_sync(0xffffffffu, sums[half], 1);
+          sums[half] += __shfl_xor_sync(0xffffffffu, sums[half], 2);
+          if (lane % 4 == 0)
+            store_shared(shared + L::kBetaSlots + (beta_slot * kTile + 16 * i + row + 8 * half) * 4, sums[half]);
+        }
       }
+      store_block(shared + (is_N ? L::kSystem : L::kScores), i, j, x);
     };
     {
-      const uint32_t updates = shared + L::kValue;
+      const uint32_t rows = is_N ? work : shared + L::kOutputGradient, columns = shared + L::kValue;
       float x[8];
-      multiply_blocks(x, (warp < 4 ? work : shared + L::kOutputGradient) + diagonal * kBlockBytes, kHalfBytes,
-                      updates + diagonal * kBlockBytes, kHalfBytes, matrix);
+      multiply_blocks(x, rows + diagonal * kBlockBytes, kHalfBytes, columns + diagonal * kBlockBytes, kHalfBytes,
+                      matrix);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
-        x[i] = c < r || (c == r && warp >= 4) ? x[i] : 0.f;
+        x[i] = c < r || (c == r && !is_N) ? x[i] : 0.f;
       }
-      if (warp < 4) {
-        store_system_gradient(x, N_diagonal, diagonal, diagonal, 0);
-      } else {
-        store_block(shared + L::kScores, diagonal, diagonal, x);
-      }
-      if (has_block) {
-        multiply_blocks(x, work + block_row * kBlockBytes, kHalfBytes, updates + block_column * kBlockBytes, kHalfBytes,
-                        matrix);
-        store_system_gradient(x, N_block, block_row, block_column, warp < 4 ? 1 + block_column : 3);
-        multiply_blocks(x, shared + L::kOutputGradient + block_row * kBlockBytes, kHalfBytes,
-                        updates + block_column * kBlockBytes, kHalfBytes, matrix);
-        store_block(shared + L::kScores, block_row, block_column, x);
+      store_score_gradient(x, N_diagonal, diagonal, diagonal, 0);
+      multiply_blocks(x, rows + row1 * kBlockBytes, kHalfBytes, columns + column1 * kBlockBytes, kHalfBytes, matrix);
+      store_score_gradient(x, N_level1, row1, column1, 1 + column1);
+      if (has_level2) {
+        multiply_blocks(x, rows + row2 * kBlockBytes, kHalfBytes, columns + column2 * kBlockBytes, kHalfBytes, matrix);
+        store_score_gradient(x, N_level2, row2, column2, 3);
       }
     }
     const auto copy_out = [&](uint32_t tile, void* to) {
@@ -975,111 +987,140 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     math_sync();
     if (thread == 0) mbarrier_arrive(barriers.free_states());
 
-    // Block by block. The arrays turn by a block each time round, so that block b is their first.
+    // Adds the products of kCount blocks of columns with kCount of rows, all pairs or, where both are the same blocks,
+    // those on and below the diagonal. `base` is the tile's block at the front of the arrays.
     float tail[2] = {};  // of dG's last row
-#pragma unroll 1
-    for (int b = 0; b < kBlocks; ++b) {
-      float k[8], q[8], sums[8], f[8];
-      read_block(k, shared + L::kKey, b);
-      read_block(q, shared + L::kQuery, b);
-      read_decays(sums, b);
-      // What comes through the states.
-      factors(f, sums, 7, -1.f);
+    const auto add_pairs = [&](auto count, auto first_column, auto first_row, int base, int at) {
+      constexpr int kCount = decltype(count)::value, kColumn = decltype(first_column)::value;
+      constexpr int kRow = decltype(first_row)::value;
+      constexpr bool kTriangle = kColumn == kRow;
+      float x[8], sums[8], f[8];
+      uint32_t columns[kCount][4];
+      float down[kCount][8] = {};
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const float from_start = ex2(sums[n]);
-        const float up = -from_start * d_key[n], down = f[n] * d_sum[n];
-        d_query[n] *= from_start;
-        d_key[n] = up + down;
-        tail[n / 2 % 2] = fmaf(k[n], down, tail[n / 2 % 2]);
-        d_sum[n] = fmaf(q[n], d_query[n], k[n] * (up - down));
-      }
-      // As rows, with columns of its own and earlier blocks.
-#pragma unroll 1
-      for (int c = 0; c <= b; ++c) {
-        const int at = split(b, c);
-        uint32_t columns[4], dP[4], dN[4], bits[4];
-        ldmatrix_x4(dP, block_of(shared + L::kScores, b, c));
-        ldmatrix_x4(dN, block_of(shared + L::kSystem, b, c));
-        {
-          float x[8], their_sums[8];
-          read_block(x, shared + L::kKey, c);
-          read_decays(their_sums, c);
-          factors(f, their_sums, at, -1.f);
-          scaled(columns, x, f);
-        }
-        float by_query[8] = {}, by_key[8] = {};
-        multiply_rows(by_query, columns, dP);
-        multiply_rows(by_key, columns, dN);
-        factors(f, sums, at, 1.f);
-        float x[8];
-        scaled(bits, q, f);
-        unpack_block<__nv_bfloat16>(x, bits);
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          d_query[n] = fmaf(f[n], by_query[n], d_query[n]);
-          d_sum[n] = fmaf(x[n], by_query[n], d_sum[n]);
-        }
-        scaled(bits, k, f);
-        unpack_block<__nv_bfloat16>(x, bits);
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          d_key[n] = fmaf(f[n], by_key[n], d_key[n]);
-          d_sum[n] = fmaf(x[n], by_key[n], d_sum[n]);
-        }
-      }
-      // As columns, with rows of its own and later blocks.
-#pragma unroll 1
-      for (int c = b; c < kBlocks; ++c) {
-        const int at = split(b, c);
-        uint32_t rows[4], d[4];
-        float x[8], their_sums[8], down[8] = {};
-        read_decays(their_sums, c);
-        factors(f, their_sums, at, 1.f);
-        read_block(x, shared + L::kKey, c);
-        scaled(rows, x, f);
-        ldmatrix_x4_trans(d, block_of(shared + L::kSystem, c, b));
-        multiply_columns(down, rows, d);
-        read_block(x, shared + L::kQuery, c);
-        scaled(rows, x, f);
-        ldmatrix_x4_trans(d, block_of(shared + L::kScores, c, b));
-        multiply_columns(down, rows, d);
+      for (int c = 0; c < kCount; ++c) {
+        read_block(x, shared + L::kKey, base + kColumn + c);
+        read_decays(sums, base + kColumn + c);
         factors(f, sums, at, -1.f);
-        scaled(rows, k, f);
-        unpack_block<__nv_bfloat16>(x, rows);
+        scaled(columns[c], x, f);
+      }
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          d_key[n] = fmaf(f[n], down[n], d_key[n]);
-          d_sum[n] = fmaf(-x[n], down[n], d_sum[n]);
+      for (int r = 0; r < kCount; ++r) {
+        const int row_block = base + kRow + r;
+        uint32_t q_rows[4], k_rows[4], d[4];
+        read_decays(sums, row_block);
+        factors(f, sums, at, 1.f);
+        read_block(x, shared + L::kQuery, row_block);
+        scaled(q_rows, x, f);
+        read_block(x, shared + L::kKey, row_block);
+        scaled(k_rows, x, f);
+        const int n0 = 8 * (kRow + r);
+        float by[8] = {};
+#pragma unroll
+        for (int c = 0; c < (kTriangle ? r + 1 : kCount); ++c) {
+          ldmatrix_x4(d, block_of(shared + L::kScores, row_block, base + kColumn + c));
+          multiply_rows(by, columns[c], d);
+          ldmatrix_x4_trans(d, block_of(shared + L::kScores, row_block, base + kColumn + c));
+          multiply_columns(down[c], q_rows, d);
+        }
+        unpack_block<__nv_bfloat16>(x, q_rows);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          d_query[n0 + i] = fmaf(f[i], by[i], d_query[n0 + i]);
+          d_sum[n0 + i] = fmaf(x[i], by[i], d_sum[n0 + i]);
+          by[i] = 0.f;
+        }
+#pragma unroll
+        for (int c = 0; c < (kTriangle ? r + 1 : kCount); ++c) {
+          ldmatrix_x4(d, block_of(shared + L::kSystem, row_block, base + kColumn + c));
+          multiply_rows(by, columns[c], d);
+          ldmatrix_x4_trans(d, block_of(shared + L::kSystem, row_block, base + kColumn + c));
+          multiply_columns(down[c], k_rows, d);
+        }
+        unpack_block<__nv_bfloat16>(x, k_rows);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          d_key[n0 + i] = fmaf(f[i], by[i], d_key[n0 + i]);
+          d_sum[n0 + i] = fmaf(x[i], by[i], d_sum[n0 + i]);
         }
       }
-      // What normalisation takes: q . dq and k . dk of each token, summed over this warp's channels. A butterfly over
-      // the 8 lanes that hold a token leaves each with one of 8 sums.
-      {
-        float x[8];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int n = i / 2 * 4 + i % 2;
-          x[i] = fmaf(q[n], d_query[n], q[n + 2] * d_query[n + 2]);
-          x[4 + i] = fmaf(k[n], d_key[n], k[n + 2] * d_key[n + 2]);
+      for (int c = 0; c < kCount; ++c) {
+        read_decays(sums, base + kColumn + c);
+        factors(f, sums, at, -1.f);
+        unpack_block<__nv_bfloat16>(x, columns[c]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int n = 8 * (kColumn + c) + i;
+          d_key[n] = fmaf(f[i], down[c][i], d_key[n]);
+          d_sum[n] = fmaf(-x[i], down[c][i], d_sum[n]);
         }
+      }
+    };
+    // Half by half. The arrays turn by a half each time round, so that it is their first.
+    constexpr std::integral_constant<int, 0> zero{};
+    constexpr std::integral_constant<int, 1> one{};
+    constexpr std::integral_constant<int, 2> two{};
+#pragma unroll 1
+    for (int base = 0; base < kBlocks; base += 2) {
+      // What comes through the states.
 #pragma unroll
-        for (int step = 0; step < 3; ++step) {
-          const int mask = 16 >> step, count = 4 >> step;
-          const bool upper = lane & mask;
+      for (int b = 0; b < 2; ++b) {
+        float k[8], q[8], sums[8], f[8];
+        read_block(k, shared + L::kKey, base + b);
+        read_block(q, shared + L::kQuery, base + b);
+        read_decays(sums, base + b);
+        factors(f, sums, 7, -1.f);
 #pragma unroll
-          for (int i = 0; i < count; ++i) {
-            const float send = upper ? x[i] : x[i + count];
-            const float keep = upper ? x[i + count] : x[i];
-            x[i] = keep + __shfl_xor_sync(0xffffffffu, send, mask);
-          }
+        for (int i = 0; i < 8; ++i) {
+          const int n = 8 * b + i;
+          const float from_start = ex2(sums[i]);
+          const float up = -from_start * d_key[n], down = f[i] * d_sum[n];
+          d_query[n] *= from_start;
+          d_key[n] = up + down;
+          tail[i / 2 % 2] = fmaf(k[i], down, tail[i / 2 % 2]);
+          d_sum[n] = fmaf(q[i], d_query[n], k[i] * (up - down));
         }
-        const int token = 16 * b + lane / 8 % 2 * 8 + pair + lane / 4 % 2;
-        store_shared(shared + L::kSums + ((lane / 16 * 8 + warp) * kTile + token) * 4, x[0]);
+      }
+      if constexpr (kBounded) {
+        add_pairs(two, zero, zero, base, 2 * base + 1);
+      } else {
+        add_pairs(one, zero, zero, base, 2 * base);
+        add_pairs(one, one, one, base, 2 * base + 2);
+        add_pairs(one, zero, one, base, 2 * base + 1);
       }
       turn(d_query);
       turn(d_key);
       turn(d_sum);
+    }
+    add_pairs(two, zero, two, 0, 3);
+
+    // What normalisation takes: q . dq and k . dk of each token, summed over this warp's channels. A butterfly over the 8
+    // lanes that hold a token leaves each with one of 8 sums.
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      float k[8], q[8], x[8];
+      read_block(k, shared + L::kKey, b);
+      read_block(q, shared + L::kQuery, b);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int n = i / 2 * 4 + i % 2;
+        x[i] = fmaf(q[n], d_query[8 * b + n], q[n + 2] * d_query[8 * b + n + 2]);
+        x[4 + i] = fmaf(k[n], d_key[8 * b + n], k[n + 2] * d_key[8 * b + n + 2]);
+      }
+#pragma unroll
+      for (int step = 0; step < 3; ++step) {
+        const int mask = 16 >> step, count = 4 >> step;
+        const bool upper = lane & mask;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+          const float send = upper ? x[i] : x[i + count];
+          const float keep = upper ? x[i + count] : x[i];
+          x[i] = keep + __shfl_xor_sync(0xffffffffu, send, mask);
+        }
+      }
+      const int token = 16 * b + lane / 8 % 2 * 8 + pair + lane / 4 % 2;
+      store_shared(shared + L::kSums + ((lane / 16 * 8 + warp) * kTile + token) * 4, x[0]);
     }
 
     // The gates' gradients.
@@ -1171,51 +1212,55 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 
     // Out: through shared memory where an element has 16 bits, else from registers, whose 8 channels fill a sector.
     const bool grouped = p.value_heads != p.heads;
-    const auto store_wide = [&](float* to, int b, const float(&x)[8]) {
+    const auto store_wide = [&](float* to, float(&x)[kElements]) {
       const int64_t stride = int64_t(p.value_heads) * kHeadDim;
       float* out = to + first_row * stride + int64_t(value_head) * kHeadDim + channel;
+#pragma unroll 1
+      for (int b = kBlocks - 1; b >= 0; --b) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int token = 16 * b + i / 4 * 8 + pair + i % 2;
-        if (token < valid) out[token * stride + i / 2 % 2 * 8] = x[i];
+        for (int i = 0; i < 8; ++i) {
+          const int token = 16 * b + i / 4 * 8 + pair + i % 2;
+          if (token < valid) out[token * stride + i / 2 % 2 * 8] = x[24 + i];
+        }
+        turn_back(x);
+      }
+    };
+    const auto store_narrow = [&](uint32_t tensor, const float(&x)[kElements]) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        uint32_t bits[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bits[i] = pack_as<T>(x[8 * b + 2 * i], x[8 * b + 2 * i + 1]);
+        stmatrix_x4_trans(tensor + mine + b * kBlockBytes, bits);
       }
     };
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const uint32_t totals = shared + L::kTotals + which * 4 * kTile + pair * 4;
       const uint32_t norms = shared + (which ? L::kKeyNorm : L::kQueryNorm) + pair * 4;
+      float(&d)[kElements] = which ? d_key : d_query;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        float x[8], d[8];
+        float x[8];
         read_block(x, shared + (which ? L::kKey : L::kQuery), b);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float2 norm = token_pair(norms, 2 * b + i / 4), total = token_pair(totals, 2 * b + i / 4);
-          const float dx = (which ? d_key : d_query)[8 * b + i];
-          d[i] = (i % 2 ? norm.y : norm.x) * fmaf(-(i % 2 ? total.y : total.x), x[i], dx);
+          d[8 * b + i] = (i % 2 ? norm.y : norm.x) * fmaf(-(i % 2 ? total.y : total.x), x[i], d[8 * b + i]);
         }
-        if (grouped) {
-          void* to = which ? p.dk : p.dq;
-          const size_t part = which ? arguments.layout.dk : arguments.layout.dq;
-          if (to) store_wide(reinterpret_cast<float*>(static_cast<char*>(p.workspace) + part), b, d);
-        } else {
-          uint32_t bits[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) bits[i] = pack_as<T>(d[2 * i], d[2 * i + 1]);
-          stmatrix_x4_trans(work + (2 - which) * kTensorBytes + mine + b * kBlockBytes, bits);
-        }
+      }
+      if (!grouped) {
+        store_narrow(work + (2 - which) * kTensorBytes, d);
+      } else if (which ? p.dk != nullptr : p.dq != nullptr) {
+        store_wide(reinterpret_cast<float*>(static_cast<char*>(p.workspace) +
+                                            (which ? arguments.layout.dk : arguments.layout.dq)),
+                   d);
       }
     }
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      if constexpr (L::kWideGate) {
-        if (p.dg) store_wide(static_cast<float*>(p.dg), b, *reinterpret_cast<const float(*)[8]>(d_sum + 8 * b));
-      } else {
-        uint32_t bits[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) bits[i] = pack_as<T>(d_sum[8 * b + 2 * i], d_sum[8 * b + 2 * i + 1]);
-        stmatrix_x4_trans(work + mine + b * kBlockBytes, bits);
-      }
+    if constexpr (L::kWideGate) {
+      if (p.dg) store_wide(static_cast<float*>(p.dg), d_sum);
+    } else {
+      store_narrow(work, d_sum);
     }
     math_sync();
     if (!grouped && p.dq) copy_out(work + 2 * kTensorBytes, p.dq);
