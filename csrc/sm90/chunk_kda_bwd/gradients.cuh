@@ -69,25 +69,27 @@ struct GradientLayout {
   static constexpr int kDecays = kOutputGradient + kTensorBytes;    // G, fp32 [4][2][256 threads][4]
   static constexpr int kScores = kDecays + 2 * kTensorBytes;  // bf16 [64][64] of 128 bytes, swizzled: P, then dP
   static constexpr int kSystem = kScores + kHalfBytes;        // the same: -L, inverses on the diagonal; then dN
-  static constexpr int kSolve = kSystem + kHalfBytes;         // fp32 [4][kSolveStride]: diagonal blocks of L
-  static constexpr int kSolveStride = 1088;                   // bytes, 16 banks apart
-  static constexpr int kReferences = kSolve + kBlocks * kSolveStride;  // fp32 [8][128]: G after every eighth token
-  static constexpr int kKeyNorm = kReferences + 8 * 4 * kHeadDim;      // fp32 [64] each
-  static constexpr int kQueryNorm = kKeyNorm + 4 * kTile;
-  static constexpr int kBeta = kQueryNorm + 4 * kTile;
-  static constexpr int kBetaSlots = kBeta + 4 * kTile;        // fp32 [4][64]: rowsum(dL * N), by level and column
-  static constexpr int kSums = kBetaSlots + 4 * 4 * kTile;    // fp32 [3][8 warps][64]: q dq, k dk, Y W
-  static constexpr int kTotals = kSums + 3 * 8 * 4 * kTile;   // fp32 [2][64]: what of q and k leaves dq and dk
-  static constexpr int kStateSums = kTotals + 2 * 4 * kTile;  // fp32 [2][128]: colsum(dS' * S)
+  static constexpr int kSolve = kSystem + kHalfBytes;  // fp32 [4][kSolveStride]: diagonal blocks of L
+  static constexpr int kSolveStride = 1088;            // bytes, 16 banks apart
+  static constexpr int kSums = kSolve;                 // fp32 [3][8 warps][64], later: q dq, k dk, Y W
+  static constexpr int kReferences = kSums + 3 * 8 * 4 * kTile;    // fp32 [8][128]: G after every eighth token
+  static constexpr int kKeyNorm = kReferences + 8 * 4 * kHeadDim;  // fp32 [64]
+  static constexpr int kQueryNorm = kKeyNorm + 4 * kTile;          // fp32 [64]
+  static constexpr int kBeta = kQueryNorm + 4 * kTile;             // fp32 [3][64], a tile each in turn
+  static constexpr int kBetaSlots = kBeta + 3 * 4 * kTile;         // fp32 [4][64]: rowsum(dL * N), by level and column
+  static constexpr int kTotals = kBetaSlots + 4 * 4 * kTile;       // fp32 [2][64]: what of q and k leaves dq and dk
+  static constexpr int kStateSums = kTotals + 2 * 4 * kTile;       // fp32 [2][128]: colsum(dS' * S)
   static constexpr int kRateSums = kStateSums + 2 * 4 * kHeadDim;  // fp32 [8]: A_log's, by warp
-  static constexpr int kInfo = kRateSums + 32;                // [2] of 16 bytes
+  static constexpr int kInfo = kRateSums + 32;                     // [2] of 16 bytes
   static constexpr int kBarriers = kInfo + 32;
   static constexpr int kBytes = kBarriers + 48 + 1024;  // 1024 to align the base
+  static_assert(kBlocks * kSolveStride <= kReferences - kSums);
   static_assert(kBytes <= 232448);
 };
 
 // Barriers, with who arrives and who waits:
-//   full_tokens   the loader's thread and TMA's bytes (q, k, g)       -> math warps
+//   full_tokens   the loader's thread and TMA's bytes (q, k, g), the
+//                 state sum's warp (beta)                             -> math warps
 //   full_states   the loader's thread and TMA's bytes (S, dS', v)     -> math warps, the state sum's warp
 //   full_output   the loader's thread and TMA's bytes (dO)            -> math warps
 //   free_tokens   each math warp, at the end of a tile                -> loader
@@ -366,14 +368,32 @@ __device__ void invert_blocks(const GradientArguments& a, uint32_t shared, int w
   }
 }
 
-// colsum(dS' * S) of the tile: lane c % 16 has channels 8 c to 8 c + 7, half the rows.
+// beta, and colsum(dS' * S): lane c % 16 has channels 8 c to 8 c + 7, half the rows.
 template <typename G>
 __device__ void sum_states(const GradientArguments& a, uint32_t shared, GradientBarriers barriers) {
   using L = GradientLayout<G>;
   const int lane = threadIdx.x % 32, chunk = lane % 16, odd = lane / 16;
   const int images = int(tiles_in_use(a)) * a.p.value_heads;
   uint32_t parity = 0;
-  for (int image = blockIdx.x, slot = 0; image < images; image += gridDim.x, parity ^= 1, slot ^= 1) {
+  for (int image = blockIdx.x, slot = 0, image_count = 0; image < images;
+       image += gridDim.x, parity ^= 1, slot ^= 1, ++image_count) {
+    const ChunkKdaBwdParams& p = a.p;
+    const TileInfo info = read_tile(a, image);
+    for (int token = lane; token < kTile; token += 32) {
+      float beta = 0.f;
+      if (token < info.valid) {
+        beta = load_element(p.beta,
+                            int64_t(info.batch) * p.beta_stride.batch +
+                                int64_t(info.token + token) * p.beta_stride.token +
+                                image % p.value_heads * p.beta_stride.head,
+                            p.beta_dtype);
+        if (p.beta_sigmoid) beta = sigmoid(beta);
+        beta *= p.beta_factor;
+      }
+      // Of three places this is free: the tile that had it is over when the states of the one before this have come.
+      store_shared(shared + L::kBeta + (image_count % 3 * kTile + token) * 4, beta);
+    }
+    mbarrier_arrive(barriers.full_tokens());
     mbarrier_wait(barriers.full_states(), parity);
     float sum[8] = {};
 #pragma unroll 4
@@ -398,27 +418,23 @@ __device__ void sum_states(const GradientArguments& a, uint32_t shared, Gradient
       store_shared(address + 16, make_float4(sum[4], sum[5], sum[6], sum[7]));
     }
     cutlass::arch::NamedBarrier::arrive(kMathThreads + 32, kStateSumsReady);
+    mbarrier_wait(barriers.full_tokens(), parity);  // or the next arrival might count for this tile
   }
 }
 
 // ---- math
 
-// The sums of x over a warp's 16 channels, one a token, to array[64]. x has element n's share at [n / 4 * 2 + n % 2].
-__device__ __forceinline__ void sum_channels(float (&x)[16], uint32_t array, int lane) {
-  // A butterfly over the 8 lanes that hold a token, halving what is carried at each step.
+// A step of a butterfly that halves what is carried: lanes with the bit `kMask` keep the upper kCount of x, the others the
+// lower, each with its partner's share.
+template <int kCount, int kMask, int kSize>
+__device__ __forceinline__ void add_halves(float (&x)[kSize], int lane) {
+  const bool upper = lane & kMask;
 #pragma unroll
-  for (int step = 0; step < 3; ++step) {
-    const int mask = 16 >> step, count = 8 >> step;
-    const bool upper = lane & mask;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const float send = upper ? x[i] : x[i + count];
-      const float keep = upper ? x[i + count] : x[i];
-      x[i] = keep + __shfl_xor_sync(0xffffffffu, send, mask);
-    }
+  for (int i = 0; i < kCount; ++i) {
+    const float send = upper ? x[i] : x[i + kCount];
+    const float keep = upper ? x[i + kCount] : x[i];
+    x[i] = keep + __shfl_xor_sync(0xffffffffu, send, kMask);
   }
-  // Left: the pair j of tokens 8 j + lane % 4 * 2 with j's bits those of lane / 4, highest first.
-  store_shared(array + (lane / 4 * 8 + lane % 4 * 2) * 4, make_float2(x[0], x[1]));
 }
 
 // acc[16 x 16] = 16 rows of `a` times 16 rows of `b`, over 128 channels; halves of 64 channels lie `half` bytes apart.
@@ -482,7 +498,6 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
   const uint32_t mine = warpgroup * kHalfBytes + mine_in_half;
   const uint32_t mine_of_two = warpgroup * (kHalfBytes / 2) + mine_in_half;  // of two blocks alone
   const uint32_t work = shared + L::kWork;
-  const uint32_t betas = shared + L::kBeta + pair * 4;
   const uint32_t decays = shared + L::kDecays + thread * 16;
   const uint32_t references = shared + L::kReferences + channel * 4;
   const auto block_of = [&](uint32_t square, int i, int j) {  // of a 64 x 64 matrix, for ldmatrix
@@ -490,31 +505,28 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
   };
 
   uint32_t parity = 0;
-  for (int image = blockIdx.x, slot = 0; image < images; image += gridDim.x, parity ^= 1, slot ^= 1) {
+  for (int image = blockIdx.x, slot = 0, image_count = 0; image < images;
+       image += gridDim.x, parity ^= 1, slot ^= 1, ++image_count) {
     const int value_head = image % p.value_heads;
-    Decay decay{kBounded ? Gate::kBounded : p.gate == Gate::kPrecomputed ? Gate::kPrecomputed : Gate::kUnbounded,
-                p.lower_bound, p.A_log ? flashkda::exp(p.A_log[value_head]) : 1.f};
+    // Used after the tokens have come.
+    const float A_log = p.A_log ? p.A_log[value_head] : 0.f;
     float bias[2] = {};
     if (p.dt_bias) {
       bias[0] = p.dt_bias[int64_t(value_head) * kHeadDim + channel];
       bias[1] = p.dt_bias[int64_t(value_head) * kHeadDim + channel + 8];
     }
-
     mbarrier_wait(barriers.full_tokens(), parity);
+    const Decay decay{
+        kBounded ? Gate::kBounded : p.gate == Gate::kPrecomputed ? Gate::kPrecomputed : Gate::kUnbounded,
+        p.lower_bound, flashkda::exp(A_log)};
     const uint4 where = load_shared<uint4>(shared + L::kInfo + slot * 16);
     const int valid = int(where.z);
+    const uint32_t beta_array = shared + L::kBeta + image_count % 3 * 4 * kTile, betas = beta_array + pair * 4;
     const int64_t first_row = int64_t(where.y) * p.tokens + where.x;  // of an output, of this tile
 
-    // q and k normalised in place, as bf16, zeros in rows that are not the sequence's; beta. Four threads a token.
+    // q and k normalised in place, as bf16, zeros in rows that are not the sequence's. Four threads a token.
     {
       const int token = thread / 4, quarter = thread % 4;
-      float beta = 0.f;
-      if (quarter == 0 && token < valid) {
-        beta = load_element(p.beta,
-                            int64_t(where.y) * p.beta_stride.batch + int64_t(where.x + token) * p.beta_stride.token +
-                                value_head * p.beta_stride.head,
-                            p.beta_dtype);
-      }
 #pragma unroll 1
       for (int which = 0; which < 2; ++which) {
         const uint32_t tensor = shared + (which ? L::kKey : L::kQuery) + quarter / 2 * kHalfBytes + token * 128;
@@ -543,10 +555,6 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
           store_shared(address(i), make_uint4(bits[0], bits[1], bits[2], bits[3]));
         }
         if (quarter == 0) store_shared(shared + (which ? L::kKeyNorm : L::kQueryNorm) + token * 4, norm);
-      }
-      if (quarter == 0) {
-        if (p.beta_sigmoid) beta = sigmoid(beta);
-        store_shared(shared + L::kBeta + token * 4, token < valid ? beta * p.beta_factor : 0.f);
       }
     }
 
@@ -647,7 +655,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       stmatrix_x4(block_of(square, i, j), bits);
     };
     const auto row_beta = [&](int block, int half) {
-      return load_shared<float>(shared + L::kBeta + (16 * block + row + 8 * half) * 4);
+      return load_shared<float>(beta_array + (16 * block + row + 8 * half) * 4);
     };
     // N by warps 0 to 3, who keep it, and P by the others: each a diagonal block and a block of level 1, two of them a
     // block of level 2.
@@ -889,7 +897,12 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       pack_block(bits, y);
       stmatrix_x4_trans(work + kTensorBytes + mine + b * kBlockBytes, bits);
     }
-    sum_channels(products, shared + L::kSums + (2 * 8 + warp) * 4 * kTile, lane);
+    // The sum over this warp's channels: the 8 lanes that hold a token are left with a pair of tokens each.
+    add_halves<8, 16>(products, lane);
+    add_halves<4, 8>(products, lane);
+    add_halves<2, 4>(products, lane);
+    store_shared(shared + L::kSums + ((2 * 8 + warp) * kTile + row * 8 + pair) * 4,
+                 make_float2(products[0], products[1]));
     cutlass::arch::fence_view_async_shared();
     math_sync();
 
@@ -986,6 +999,14 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     cutlass::arch::NamedBarrier::sync(kMathThreads + 32, kStateSumsReady);
     math_sync();
     if (thread == 0) mbarrier_arrive(barriers.free_states());
+
+    // g waits in shared memory while registers are scarce.
+    const uint32_t waiting = work + thread * 16;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      store_shared(waiting + b * 4096,
+                   make_uint4(x_bits[4 * b], x_bits[4 * b + 1], x_bits[4 * b + 2], x_bits[4 * b + 3]));
+    }
 
     // Adds the products of kCount blocks of columns with kCount of rows, all pairs or, where both are the same blocks,
     // those on and below the diagonal. `base` is the tile's block at the front of the arrays.
@@ -1095,8 +1116,8 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     }
     add_pairs(two, zero, two, 0, 3);
 
-    // What normalisation takes: q . dq and k . dk of each token, summed over this warp's channels. A butterfly over the 8
-    // lanes that hold a token leaves each with one of 8 sums.
+    // What normalisation takes: q . dq and k . dk of each token, summed over this warp's channels: the 8 lanes that hold a
+    // token are left with one of 8 sums each.
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       float k[8], q[8], x[8];
@@ -1108,17 +1129,9 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         x[i] = fmaf(q[n], d_query[8 * b + n], q[n + 2] * d_query[8 * b + n + 2]);
         x[4 + i] = fmaf(k[n], d_key[8 * b + n], k[n + 2] * d_key[8 * b + n + 2]);
       }
-#pragma unroll
-      for (int step = 0; step < 3; ++step) {
-        const int mask = 16 >> step, count = 4 >> step;
-        const bool upper = lane & mask;
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-          const float send = upper ? x[i] : x[i + count];
-          const float keep = upper ? x[i + count] : x[i];
-          x[i] = keep + __shfl_xor_sync(0xffffffffu, send, mask);
-        }
-      }
+      add_halves<4, 16>(x, lane);
+      add_halves<2, 8>(x, lane);
+      add_halves<1, 4>(x, lane);
       const int token = 16 * b + lane / 8 % 2 * 8 + pair + lane / 4 % 2;
       store_shared(shared + L::kSums + ((lane / 16 * 8 + warp) * kTile + token) * 4, x[0]);
     }
@@ -1135,15 +1148,13 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         const float decayed = load_shared<float>(references + 7 * 4 * kHeadDim + half * 32);
         carry[half] = fmaf(ex2(decayed), state_sum, tail[half]);
       }
-      // The last block is the arrays' last, and turns to their front.
+      // The last block is the array's last, and moves to its front.
 #pragma unroll 1
       for (int b = kBlocks - 1; b >= 0; --b) {
+        const uint4 loaded = load_shared<uint4>(waiting + b * 4096);
+        const uint32_t bits[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
         float x[8];
-        if constexpr (L::kWideGate) {
-          unpack_block<__half>(x, x_bits + 12);
-        } else {
-          unpack_block<T>(x, x_bits + 12);
-        }
+        unpack_block<std::conditional_t<L::kWideGate, __half, T>>(x, bits);
 #pragma unroll
         for (int i = 6; i >= 0; i -= 2) {
           const int half = i / 2 % 2, n = 24 + i, token = 16 * b + i / 4 * 8 + pair;
@@ -1168,7 +1179,6 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
           }
         }
         turn_back(d_sum);
-        turn_back(x_bits);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -1198,7 +1208,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       } else if (p.dbeta && token < valid) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum += load_shared<float>(shared + L::kBetaSlots + (i * kTile + token) * 4);
-        const float beta = load_shared<float>(shared + L::kBeta + token * 4);
+        const float beta = load_shared<float>(beta_array + token * 4);
         sum *= p.beta_sigmoid ? beta * (1.f - beta / p.beta_factor) : p.beta_factor;
         store_element(p.dbeta, (first_row + token) * p.value_heads + value_head, sum, p.beta_dtype);
       }
@@ -1282,7 +1292,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const GradientBarriers barriers{shared + L::kBarriers};
 
   if (threadIdx.x == 0) {
-    mbarrier_init(barriers.full_tokens(), 1);
+    mbarrier_init(barriers.full_tokens(), 1 + 32);
     mbarrier_init(barriers.full_states(), 1);
     mbarrier_init(barriers.full_output(), 1);
     mbarrier_init(barriers.free_tokens(), kMathThreads / 32);
