@@ -447,11 +447,11 @@ cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStre
   arguments.state_gradients = workspace + plan.workspace.state_gradients;
   using chunk_kda_fwd::encode_tiles;
   const bool encoded =
-      encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride) &&
-      encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride) &&
-      encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride) &&
-      encode_tiles(&arguments.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride) &&
-      encode_tiles(&arguments.d_o, p.d_o, type, 2, p.batch, p.tokens, p.value_heads, p.d_o_stride);
+      encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride, kChunk) &&
+      encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride, kChunk) &&
+      encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride, kChunk) &&
+      encode_tiles(&arguments.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride, kChunk) &&
+      encode_tiles(&arguments.d_o, p.d_o, type, 2, p.batch, p.tokens, p.value_heads, p.d_o_stride, kChunk);
   if (!encoded) return cudaErrorInvalidValue;
   const bool overlap = p.cu_seqlens;  // with the plan
   return launch_pipeline<chunk_kda_states_kernel<T, G, kBounded, kScans>>(
