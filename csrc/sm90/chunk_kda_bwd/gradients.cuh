@@ -19,6 +19,10 @@
 // need no other warp. Its loops go over blocks of 16 tokens and are not unrolled: the whole tile as straight-line code
 // is 130 KB, more than the instruction cache holds.
 //
+// Normalisation costs no rounding: operands hold q and k as they came, but for a power of two, and a token's factor goes
+// into P, N and their gradients, into W, dU, and what comes through the states. dq and dk are then gradients times that
+// factor, which is what the derivative of the normalisation wants.
+//
 // Decays inside the tile are split at a token between the two, so that both factors are at most 1: at the middle of
 // the tile (level 1), of its halves (level 2), and inside the four blocks of 16 tokens at their middle (level 3, where
 // both factors stay in range). With bounded gates they stay in range inside a half as well, so that level 3 falls to
@@ -73,9 +77,11 @@ struct GradientLayout {
   static constexpr int kSolveStride = 1088;            // bytes, 16 banks apart
   static constexpr int kSums = kSolve;                 // fp32 [3][8 warps][64], later: q dq, k dk, Y W
   static constexpr int kReferences = kSums + 3 * 8 * 4 * kTile;    // fp32 [8][128]: G after every eighth token
-  static constexpr int kKeyNorm = kReferences + 8 * 4 * kHeadDim;  // fp32 [64]
-  static constexpr int kQueryNorm = kKeyNorm + 4 * kTile;          // fp32 [64]
-  static constexpr int kBeta = kQueryNorm + 4 * kTile;             // fp32 [3][64], a tile each in turn
+  static constexpr int kKeyFactor = kReferences + 8 * 4 * kHeadDim;  // fp32 [64]: what k is times the operands' k
+  static constexpr int kQueryFactor = kKeyFactor + 4 * kTile;        // fp32 [64]
+  static constexpr int kKeyUnit = kQueryFactor + 4 * kTile;          // fp32 [64]: the operands' k in terms of k as it came
+  static constexpr int kQueryUnit = kKeyUnit + 4 * kTile;            // fp32 [64]
+  static constexpr int kBeta = kQueryUnit + 4 * kTile;               // fp32 [3][64], a tile each in turn
   static constexpr int kBetaSlots = kBeta + 3 * 4 * kTile;         // fp32 [4][64]: rowsum(dL * N), by level and column
   static constexpr int kTotals = kBetaSlots + 4 * 4 * kTile;       // fp32 [2][64]: what of q and k leaves dq and dk
   static constexpr int kStateSums = kTotals + 2 * 4 * kTile;       // fp32 [2][128]: colsum(dS' * S)
@@ -329,7 +335,7 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
 
 // ---- helpers: the small inverses, and the sums over states
 
-// (I + L)^-1 of two diagonal blocks: lane t % 16 solves X (I + L) = I for row t, in fp32.
+// (I + L)^-1 - I of two diagonal blocks (I needs no rounding): lane t % 16 solves X (I + L) = I for row t, in fp32.
 template <typename G>
 __device__ void invert_blocks(const GradientArguments& a, uint32_t shared, int warp) {
   using L = GradientLayout<G>;
@@ -353,6 +359,8 @@ __device__ void invert_blocks(const GradientArguments& a, uint32_t shared, int w
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] = i == row ? 0.f : x[i];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint4 packed;
@@ -521,10 +529,11 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         p.lower_bound, flashkda::exp(A_log)};
     const uint4 where = load_shared<uint4>(shared + L::kInfo + slot * 16);
     const int valid = int(where.z);
-    const uint32_t beta_array = shared + L::kBeta + image_count % 3 * 4 * kTile, betas = beta_array + pair * 4;
+    const uint32_t this_beta = L::kBeta + image_count % 3 * 4 * kTile;
     const int64_t first_row = int64_t(where.y) * p.tokens + where.x;  // of an output, of this tile
 
-    // q and k normalised in place, as bf16, zeros in rows that are not the sequence's. Four threads a token.
+    // q and k in place times a power of two that leaves no element above 1; zeros in rows that are not the sequence's. Four
+    // threads a token.
     {
       const int token = thread / 4, quarter = thread % 4;
 #pragma unroll 1
@@ -545,16 +554,26 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         }
         square += __shfl_xor_sync(0xffffffffu, square, 1);
         square += __shfl_xor_sync(0xffffffffu, square, 2);
-        const float norm = (p.qk_l2norm ? rsqrt(square + 1e-6f) : 1.f) * (which ? 1.f : p.scale);
+        // 2^exponent is 1.4 to 2.9 times sqrt(square), or 1 where there is nothing to scale.
+        const bool scalable = square > 1e-30f && square < 1e30f;
+        const int exponent = scalable ? (__float_as_int(square) >> 24) - 62 : 0;
+        const float unit = __int_as_float((127 - exponent) << 23);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int c = 0; c < 8; ++c) x[i][c] = token < valid ? x[i][c] * norm : 0.f;
           uint32_t bits[4];
-          pack_block(bits, x[i]);
+#pragma unroll
+          for (int c = 0; c < 8; ++c) x[i][c] = token < valid ? x[i][c] * unit : 0.f;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) bits[c] = pack_as<T>(x[i][2 * c], x[i][2 * c + 1]);
           store_shared(address(i), make_uint4(bits[0], bits[1], bits[2], bits[3]));
         }
-        if (quarter == 0) store_shared(shared + (which ? L::kKeyNorm : L::kQueryNorm) + token * 4, norm);
+        if (quarter == 0) {
+          float norm = (p.qk_l2norm ? rsqrt(square + 1e-6f) : 1.f) * (which ? 1.f : p.scale);
+          if (token >= valid) norm = 0.f;
+          const uint32_t factor = shared + (which ? L::kKeyFactor : L::kQueryFactor) + token * 4;
+          store_shared(factor, norm * __int_as_float((127 + exponent) << 23));
+          store_shared(factor + L::kKeyUnit - L::kKeyFactor, unit);
+        }
       }
     }
 
@@ -609,7 +628,19 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     const auto read_block = [&](float(&x)[8], uint32_t tensor, int b) {
       uint32_t bits[4];
       ldmatrix_x4_trans(bits, tensor + mine + b * kBlockBytes);
-      unpack_block<__nv_bfloat16>(x, bits);
+      unpack_block<T>(x, bits);
+    };
+    // Times one number a token, of this block.
+    const auto times_tokens = [&](float* x, uint32_t array, int b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 y = load_shared<float2>(shared + array + (16 * b + 8 * i + pair) * 4);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          x[4 * i + 2 * half] *= y.x;
+          x[4 * i + 2 * half + 1] *= y.y;
+        }
+      }
     };
     const auto read_decays = [&](float(&x)[8], int b) {
       const float4 low = load_shared<float4>(decays + b * 8192), high = load_shared<float4>(decays + b * 8192 + 4096);
@@ -655,7 +686,20 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       stmatrix_x4(block_of(square, i, j), bits);
     };
     const auto row_beta = [&](int block, int half) {
-      return load_shared<float>(beta_array + (16 * block + row + 8 * half) * 4);
+      return load_shared<float>(shared + this_beta + (16 * block + row + 8 * half) * 4);
+    };
+    // Times the factors of q or k in its rows and of k in its columns.
+    const auto times_factors = [&](float(&x)[8], uint32_t rows, int i, int j) {
+      const float low = load_shared<float>(shared + rows + (16 * i + row) * 4);
+      const float high = load_shared<float>(shared + rows + (16 * i + row + 8) * 4);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float2 column = load_shared<float2>(shared + L::kKeyFactor + (16 * j + 8 * e + pair) * 4);
+        x[4 * e] *= low * column.x;
+        x[4 * e + 1] *= low * column.y;
+        x[4 * e + 2] *= high * column.x;
+        x[4 * e + 3] *= high * column.y;
+      }
     };
     // N by warps 0 to 3, who keep it, and P by the others: each a diagonal block and a block of level 1, two of them a
     // block of level 2.
@@ -664,8 +708,10 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     const int row1 = 2 + diagonal / 2, column1 = diagonal % 2;
     const bool has_level2 = diagonal < 2;
     const int row2 = 2 * diagonal + 1, column2 = 2 * diagonal;
+    const uint32_t row_factors = is_N ? L::kKeyFactor : L::kQueryFactor;
     float N_diagonal[8], N_level1[8], N_level2[8] = {};
-    const auto store_score = [&](const float(&x)[8], int i, int j) {
+    const auto store_score = [&](float(&x)[8], int i, int j) {
+      times_factors(x, row_factors, i, j);
       float y[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) y[e] = is_N ? -row_beta(i, e / 2 % 2) * x[e] : x[e];
@@ -679,6 +725,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
       N_diagonal[i] = c < r || (c == r && !is_N) ? N_diagonal[i] : 0.f;
     }
+    times_factors(N_diagonal, row_factors, diagonal, diagonal);
     if (is_N) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
@@ -814,18 +861,11 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       for (int b = 0; b < kBlocks; ++b) {
         float v[8];
         unpack_block<T>(v, v_bits + 4 * b);
+        times_tokens(to_values + 8 * b, L::kKeyFactor, b);
 #pragma unroll
         for (int i = 0; i < 8; ++i) to_values[8 * b + i] = v[i] - to_values[8 * b + i];
         pack_block(*reinterpret_cast<uint32_t(*)[4]>(w_bits + 4 * b), to_values + 8 * b);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float2 beta = token_pair(betas, 2 * b + i);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            to_values[8 * b + 4 * i + 2 * half] *= beta.x;
-            to_values[8 * b + 4 * i + 2 * half + 1] *= beta.y;
-          }
-        }
+        times_tokens(to_values + 8 * b, this_beta, b);
       }
     }
 #pragma unroll
@@ -833,7 +873,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       uint32_t x[4], inverse[4];
       ldmatrix_x4(inverse, block_of(shared + L::kSystem, b, b));
       pack_block(x, to_values + 8 * b);
-      float u[8] = {};
+      float* u = to_values + 8 * b;
       multiply_rows(u, x, inverse);
       uint32_t(&bits)[4] = *reinterpret_cast<uint32_t(*)[4]>(u_bits + 4 * b);
       pack_block(bits, u);
@@ -845,6 +885,9 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         multiply_rows(to_values + 8 * later, bits, y);
       }
     }
+    cute::warpgroup_wait<0>();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) times_tokens(to_updates + 8 * b, L::kKeyFactor, b);
     mbarrier_wait(barriers.full_output(), parity);
     if (valid < kTile || std::is_same_v<T, __half>) {
       clean(shared + L::kOutputGradient, true);
@@ -869,7 +912,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       uint32_t x[4], inverse[4];
       ldmatrix_x4_trans(inverse, block_of(shared + L::kSystem, b, b));
       pack_block(x, to_updates + 8 * b);
-      float y[8] = {};
+      float* y = to_updates + 8 * b;
       multiply_columns(y, x, inverse);
       uint32_t bits[4];
       pack_block(bits, y);
@@ -883,17 +926,11 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       float w[8];
       unpack_block<__nv_bfloat16>(w, w_bits + 4 * b);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          products[4 * b + 2 * i + e] = fmaf(y[4 * i + e], w[4 * i + e], y[4 * i + 2 + e] * w[4 * i + 2 + e]);
-        const float2 beta = token_pair(betas, 2 * b + i);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          y[4 * i + 2 * half] *= beta.x;
-          y[4 * i + 2 * half + 1] *= beta.y;
-        }
+      for (int i = 0; i < 4; ++i) {
+        const int n = i / 2 * 4 + i % 2;
+        products[4 * b + i] = fmaf(y[n], w[n], y[n + 2] * w[n + 2]);
       }
+      times_tokens(y, this_beta, b);
       pack_block(bits, y);
       stmatrix_x4_trans(work + kTensorBytes + mine + b * kBlockBytes, bits);
     }
@@ -943,6 +980,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
             store_shared(shared + L::kBetaSlots + (beta_slot * kTile + 16 * i + row + 8 * half) * 4, sums[half]);
         }
       }
+      times_factors(x, row_factors, i, j);
       store_block(shared + (is_N ? L::kSystem : L::kScores), i, j, x);
     };
     {
@@ -1092,12 +1130,17 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         read_block(q, shared + L::kQuery, base + b);
         read_decays(sums, base + b);
         factors(f, sums, 7, -1.f);
+        times_tokens(f, L::kKeyFactor, base + b);
+        float start[8], query_start[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) start[i] = query_start[i] = ex2(sums[i]);
+        times_tokens(start, L::kKeyFactor, base + b);
+        times_tokens(query_start, L::kQueryFactor, base + b);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int n = 8 * b + i;
-          const float from_start = ex2(sums[i]);
-          const float up = -from_start * d_key[n], down = f[i] * d_sum[n];
-          d_query[n] *= from_start;
+          const float up = -start[i] * d_key[n], down = f[i] * d_sum[n];
+          d_query[n] *= query_start[i];
           d_key[n] = up + down;
           tail[i / 2 % 2] = fmaf(k[i], down, tail[i / 2 % 2]);
           d_sum[n] = fmaf(q[i], d_query[n], k[i] * (up - down));
@@ -1203,12 +1246,13 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += load_shared<float>(shared + L::kSums + ((which * 8 + i) * kTile + token) * 4);
       if (which < 2) {
-        if (which == 0) sum /= p.scale * p.scale;
-        store_shared(shared + L::kTotals + thread * 4, p.qk_l2norm ? sum : 0.f);
+        float factor = load_shared<float>(shared + (which ? L::kKeyFactor : L::kQueryFactor) + token * 4);
+        if (which == 0) factor /= p.scale;
+        store_shared(shared + L::kTotals + thread * 4, p.qk_l2norm ? sum * factor * factor : 0.f);
       } else if (p.dbeta && token < valid) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum += load_shared<float>(shared + L::kBetaSlots + (i * kTile + token) * 4);
-        const float beta = load_shared<float>(beta_array + token * 4);
+        const float beta = load_shared<float>(shared + this_beta + token * 4);
         sum *= p.beta_sigmoid ? beta * (1.f - beta / p.beta_factor) : p.beta_factor;
         store_element(p.dbeta, (first_row + token) * p.value_heads + value_head, sum, p.beta_dtype);
       }
@@ -1247,7 +1291,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const uint32_t totals = shared + L::kTotals + which * 4 * kTile + pair * 4;
-      const uint32_t norms = shared + (which ? L::kKeyNorm : L::kQueryNorm) + pair * 4;
+      const uint32_t units = shared + (which ? L::kKeyUnit : L::kQueryUnit) + pair * 4;
       float(&d)[kElements] = which ? d_key : d_query;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
@@ -1255,8 +1299,8 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         read_block(x, shared + (which ? L::kKey : L::kQuery), b);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const float2 norm = token_pair(norms, 2 * b + i / 4), total = token_pair(totals, 2 * b + i / 4);
-          d[8 * b + i] = (i % 2 ? norm.y : norm.x) * fmaf(-(i % 2 ? total.y : total.x), x[i], d[8 * b + i]);
+          const float2 unit = token_pair(units, 2 * b + i / 4), total = token_pair(totals, 2 * b + i / 4);
+          d[8 * b + i] = (i % 2 ? unit.y : unit.x) * fmaf(-(i % 2 ? total.y : total.x), x[i], d[8 * b + i]);
         }
       }
       if (!grouped) {
