@@ -23,6 +23,9 @@
 // into P, N and their gradients, into W, dU, and what comes through the states. dq and dk are then gradients times that
 // factor, which is what the derivative of the normalisation wants.
 //
+// Between blocks of 16 tokens L is the sum of two bf16, the second in the mirrored block above the diagonal: with nearly
+// parallel keys its rounding is what would count most.
+//
 // Decays inside the tile are split at a token between the two, so that both factors are at most 1: at the middle of
 // the tile (level 1), of its halves (level 2), and inside the four blocks of 16 tokens at their middle (level 3, where
 // both factors stay in range). With bounded gates they stay in range inside a half as well, so that level 3 falls to
@@ -72,7 +75,7 @@ struct GradientLayout {
   static constexpr int kOutputGradient = kWork + 2 * kTensorBytes;  // work as well, before dO and after it
   static constexpr int kDecays = kOutputGradient + kTensorBytes;    // G, fp32 [4][2][256 threads][4]
   static constexpr int kScores = kDecays + 2 * kTensorBytes;  // bf16 [64][64] of 128 bytes, swizzled: P, then dP
-  static constexpr int kSystem = kScores + kHalfBytes;        // the same: -L, inverses on the diagonal; then dN
+  static constexpr int kSystem = kScores + kHalfBytes;        // -L in two terms (see above), inverses less I; then dN
   static constexpr int kSolve = kSystem + kHalfBytes;  // fp32 [4][kSolveStride]: diagonal blocks of L
   static constexpr int kSolveStride = 1088;            // bytes, 16 banks apart
   static constexpr int kSums = kSolve;                 // fp32 [3][8 warps][64], later: q dq, k dk, Y W
@@ -716,6 +719,11 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 #pragma unroll
       for (int e = 0; e < 8; ++e) y[e] = is_N ? -row_beta(i, e / 2 % 2) * x[e] : x[e];
       store_block(shared + (is_N ? L::kSystem : L::kScores), i, j, y);
+      if (is_N) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) y[e] -= __bfloat162float(__float2bfloat16_rn(y[e]));
+        store_block(shared + L::kSystem, j, i, y);
+      }
     };
     const uint32_t rows3 = work + (is_N ? 0 : 2 * kTensorBytes), columns3 = work + kTensorBytes;
     multiply_blocks(N_diagonal, rows3 + diagonal * kBlockBytes, kHalfBytes, columns3 + diagonal * kBlockBytes,
@@ -883,6 +891,8 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         uint32_t y[4];
         ldmatrix_x4(y, block_of(shared + L::kSystem, later, b));
         multiply_rows(to_values + 8 * later, bits, y);
+        ldmatrix_x4(y, block_of(shared + L::kSystem, b, later));
+        multiply_rows(to_values + 8 * later, bits, y);
       }
     }
     cute::warpgroup_wait<0>();
@@ -921,6 +931,8 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       for (int earlier = b - 1; earlier >= 0; --earlier) {
         uint32_t l[4];
         ldmatrix_x4_trans(l, block_of(shared + L::kSystem, b, earlier));
+        multiply_columns(to_updates + 8 * earlier, bits, l);
+        ldmatrix_x4_trans(l, block_of(shared + L::kSystem, earlier, b));
         multiply_columns(to_updates + 8 * earlier, bits, l);
       }
       float w[8];
