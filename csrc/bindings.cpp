@@ -57,21 +57,29 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A tensor of one token a sequence: its address, and its strides over sequences and heads.
-using View = std::tuple<uintptr_t, int64_t, int64_t>;
+// A tensor of a batch of sequences: its address, and its strides over the batch, tokens and heads.
+using BatchedView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
-void set(const void*& base, Strides& stride, const View& view) {
+void set(const void*& base, BatchedStrides& stride, const BatchedView& view) {
   base = pointer(std::get<0>(view));
-  stride = {std::get<1>(view), std::get<2>(view)};
+  stride = {std::get<1>(view), std::get<2>(view), std::get<3>(view)};
 }
 
+// Indices: their address (0 where absent), their stride, and whether they are int64.
+using IndexView = std::tuple<uintptr_t, int64_t, bool>;
+
+Indices indices(const IndexView& view) { return {pointer(std::get<0>(view)), std::get<1>(view), std::get<2>(view)}; }
+
 // rows_per_warp: 0 leaves the choice to config.h.
-void recurrent_kda_paged(const View& o, const View& q, const View& k, const View& v, const View& g, const View& beta,
-                         uintptr_t state_pool, int64_t pool_rows, int64_t pool_stride, uintptr_t state_indices,
-                         int64_t index_stride, bool index_is_64bit, uintptr_t A_log, uintptr_t dt_bias,
-                         int64_t sequences, int heads, int value_heads, int head_dim_k, int head_dim_v, Dtype dtype,
-                         Dtype g_dtype, Dtype beta_dtype, Gate gate, float lower_bound, float scale, bool qk_l2norm,
-                         bool beta_sigmoid, float beta_factor, int rows_per_warp, int device, uintptr_t stream) {
+void recurrent_kda_paged(const BatchedView& o, const BatchedView& q, const BatchedView& k, const BatchedView& v,
+                         const BatchedView& g, const BatchedView& beta, uintptr_t state_pool, int64_t pool_rows,
+                         int64_t pool_stride, const IndexView& state_indices, int64_t slots, int64_t slot_stride,
+                         const IndexView& num_accepted_tokens, const IndexView& cu_seqlens, uintptr_t A_log,
+                         uintptr_t dt_bias, int64_t sequences, int64_t tokens, int heads, int value_heads,
+                         int head_dim_k, int head_dim_v, Dtype dtype, Dtype g_dtype, Dtype beta_dtype,
+                         Dtype state_dtype, bool state_v_first, Gate gate, float lower_bound, float scale,
+                         bool qk_l2norm, bool beta_sigmoid, float beta_factor, int rows_per_warp, int device,
+                         uintptr_t stream) {
   RecurrentKdaParams p = {};
   set(p.q, p.q_stride, q);
   set(p.k, p.k_stride, k);
@@ -79,16 +87,19 @@ void recurrent_kda_paged(const View& o, const View& q, const View& k, const View
   set(p.g, p.g_stride, g);
   set(p.beta, p.beta_stride, beta);
   p.o = pointer<void>(std::get<0>(o));
-  p.o_stride = {std::get<1>(o), std::get<2>(o)};
-  p.state_pool = pointer<float>(state_pool);
+  p.o_stride = {std::get<1>(o), std::get<2>(o), std::get<3>(o)};
+  p.state_pool = pointer<void>(state_pool);
   p.pool_rows = pool_rows;
   p.pool_stride = pool_stride;
-  p.state_indices = pointer(state_indices);
-  p.index_stride = index_stride;
-  p.index_is_64bit = index_is_64bit;
+  p.state_indices = indices(state_indices);
+  p.slots = slots;
+  p.slot_stride = slot_stride;
+  p.num_accepted_tokens = indices(num_accepted_tokens);
+  p.cu_seqlens = indices(cu_seqlens);
   p.A_log = pointer<const float>(A_log);
   p.dt_bias = pointer<const float>(dt_bias);
   p.sequences = sequences;
+  p.tokens = tokens;
   p.heads = heads;
   p.value_heads = value_heads;
   p.head_dim_k = head_dim_k;
@@ -96,6 +107,8 @@ void recurrent_kda_paged(const View& o, const View& q, const View& k, const View
   p.dtype = dtype;
   p.g_dtype = g_dtype;
   p.beta_dtype = beta_dtype;
+  p.state_dtype = state_dtype;
+  p.state_v_first = state_v_first;
   p.gate = gate;
   p.lower_bound = lower_bound;
   p.scale = scale;
@@ -106,19 +119,18 @@ void recurrent_kda_paged(const View& o, const View& q, const View& k, const View
   if (const char* reason = recurrent_kda::unsupported(p)) {
     throw std::invalid_argument(std::string("recurrent_kda_paged: ") + reason);
   }
-  if (sequences == 0) return;
+  if (sequences == 0 || tokens == 0) return;
   use_device(device);
   if (rows_per_warp == 0) rows_per_warp = recurrent_kda::rows_per_warp(sequences, value_heads, sm_count(device));
-  const auto launch = dtype == Dtype::kBFloat16 ? recurrent_kda::launch<__nv_bfloat16> : recurrent_kda::launch<__half>;
-  check(launch(p, rows_per_warp, reinterpret_cast<cudaStream_t>(stream)), "recurrent_kda_paged");
-}
-
-// A tensor of a batch of sequences: its address, and its strides over the batch, tokens and heads.
-using BatchedView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
-
-void set(const void*& base, BatchedStrides& stride, const BatchedView& view) {
-  base = pointer(std::get<0>(view));
-  stride = {std::get<1>(view), std::get<2>(view), std::get<3>(view)};
+  const auto launch = [&](auto* bf16_tokens, auto* fp16_tokens) {
+    const auto chosen = dtype == Dtype::kBFloat16 ? bf16_tokens : fp16_tokens;
+    check(chosen(p, rows_per_warp, reinterpret_cast<cudaStream_t>(stream)), "recurrent_kda_paged");
+  };
+  if (state_dtype == Dtype::kFloat32) {
+    launch(recurrent_kda::launch<__nv_bfloat16, float>, recurrent_kda::launch<__half, float>);
+  } else {
+    launch(recurrent_kda::launch<__nv_bfloat16, __nv_bfloat16>, recurrent_kda::launch<__half, __nv_bfloat16>);
+  }
 }
 
 // The workspace is not known yet.
@@ -222,10 +234,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("recurrent_kda_rows_per_warp", &flashkda::recurrent_kda::rows_per_warp, "sequences"_a, "value_heads"_a,
         "sm_count"_a);
   m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, py::kw_only(), "o"_a, "q"_a, "k"_a, "v"_a, "g"_a,
-        "beta"_a, "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "index_stride"_a,
-        "index_is_64bit"_a, "A_log"_a, "dt_bias"_a, "sequences"_a, "heads"_a, "value_heads"_a, "head_dim_k"_a,
-        "head_dim_v"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a,
-        "beta_sigmoid"_a, "beta_factor"_a, "rows_per_warp"_a, "device"_a, "stream"_a);
+        "beta"_a, "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "slots"_a, "slot_stride"_a,
+        "num_accepted_tokens"_a, "cu_seqlens"_a, "A_log"_a, "dt_bias"_a, "sequences"_a, "tokens"_a, "heads"_a,
+        "value_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "state_dtype"_a,
+        "state_v_first"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a,
+        "rows_per_warp"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_fwd_workspace_bytes", &flashkda::chunk_kda_fwd_workspace_bytes, "sequences"_a, "value_heads"_a,
         "tokens"_a, "has_cu_seqlens"_a, "one_segment"_a, "sm_count"_a);
   m.def("chunk_kda_bwd_workspace_bytes", &flashkda::chunk_kda_bwd_workspace_bytes, "batch"_a, "sequences"_a, "heads"_a,

@@ -16,31 +16,49 @@ enum class Dtype : int { kFloat32, kFloat16, kBFloat16 };
 enum class Gate : int { kPrecomputed, kBounded, kUnbounded };
 
 // Strides are in elements. A last dimension is contiguous, except where a stride is named for it.
-struct Strides {
-  int64_t sequence;
+struct BatchedStrides {
+  int64_t batch;
+  int64_t token;
   int64_t head;
 };
 
-// One token a sequence. The state of (sequence, value head) is read and written in place, fp32 [V, K], in row
-// state_indices[sequence] of the pool. A row outside [0, pool_rows) marks padding: no state is touched, o is zero.
-struct RecurrentKdaParams {
-  const void* q;              // [sequences, heads, K]         dtype
-  const void* k;              // [sequences, heads, K]         dtype
-  const void* v;              // [sequences, value_heads, V]   dtype
-  const void* g;              // [sequences, value_heads, K]   g_dtype: dtype or fp32
-  const void* beta;           // [sequences, value_heads]      beta_dtype: dtype or fp32
-  void* o;                    // [sequences, value_heads, V]   dtype
-  float* state_pool;          // [pool_rows, value_heads, V, K], a row dense
-  const void* state_indices;  // [sequences]                   int32 or int64
-  const float* A_log;         // [value_heads], or null for a factor of 1
-  const float* dt_bias;       // [value_heads, K], or null for 0
+// int32 or int64, [n]: values[i * stride]; or absent, with a null `values`.
+struct Indices {
+  const void* values;
+  int64_t stride;
+  bool is_64bit;
+};
 
-  Strides q_stride, k_stride, v_stride, g_stride, beta_stride, o_stride;
+// A few tokens a sequence. Every row of the batch is a sequence, or cu_seqlens cuts the only row of the batch into
+// `sequences` of them; tokens behind the last one get an o of zero.
+//
+// The states of a sequence are rows of the pool. With slots = 0 one row, state_indices[sequence], is read before the
+// first token and written after the last. With slots > 0 token t writes row state_indices[sequence][t], for t < slots,
+// and the first one reads row state_indices[sequence][num_accepted_tokens[sequence] - 1], or [0] without those; between
+// tokens a state has the values that are written. A row outside [0, pool_rows) is not written; a sequence whose first
+// row it is, or whose accepted count is outside [1, slots], is padding: no state is touched, o is zero.
+struct RecurrentKdaParams {
+  const void* q;                // [batch, tokens, heads, K]         dtype
+  const void* k;                // [batch, tokens, heads, K]         dtype
+  const void* v;                // [batch, tokens, value_heads, V]   dtype
+  const void* g;                // [batch, tokens, value_heads, K]   g_dtype: dtype or fp32
+  const void* beta;             // [batch, tokens, value_heads]      beta_dtype: dtype or fp32
+  void* o;                      // [batch, tokens, value_heads, V]   dtype
+  void* state_pool;             // [pool_rows, value_heads, V, K] or [.., K, V], a row dense; state_dtype: fp32 or bf16
+  const float* A_log;           // [value_heads], or null for a factor of 1
+  const float* dt_bias;         // [value_heads, K], or null for 0
+  Indices state_indices;        // [sequences], or [sequences, slots]
+  Indices num_accepted_tokens;  // [sequences], or absent
+  Indices cu_seqlens;           // [sequences + 1], or absent
+
+  BatchedStrides q_stride, k_stride, v_stride, g_stride, beta_stride, o_stride;
   int64_t pool_stride;
-  int64_t index_stride;
+  int64_t slot_stride;  // of state_indices, from token to token
 
   int64_t sequences;
+  int64_t tokens;
   int64_t pool_rows;
+  int64_t slots;
   int heads;
   int value_heads;
   int head_dim_k;
@@ -49,7 +67,8 @@ struct RecurrentKdaParams {
   Dtype dtype;
   Dtype g_dtype;
   Dtype beta_dtype;
-  bool index_is_64bit;
+  Dtype state_dtype;
+  bool state_v_first;  // states are [V, K], else [K, V]
 
   Gate gate;
   float lower_bound;
@@ -57,12 +76,6 @@ struct RecurrentKdaParams {
   bool qk_l2norm;
   bool beta_sigmoid;
   float beta_factor;  // 2 where negative eigenvalues are allowed, else 1; applies after the sigmoid
-};
-
-struct BatchedStrides {
-  int64_t batch;
-  int64_t token;
-  int64_t head;
 };
 
 // What both directions of the chunk form read. Whole sequences: every row of the batch is one, or cu_seqlens cuts the

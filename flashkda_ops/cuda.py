@@ -113,33 +113,33 @@ def recurrent_kda_paged_reason(
     g: Tensor,
     beta: Tensor,
     state_pool: Tensor,
-    state_indices: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    num_accepted_tokens: Tensor | None,
-    state_v_first: bool,
 ) -> str | None:
-    """Why the decode kernel does not serve this (valid) call, or None if it does. Reads no tensor's values."""
+    """Why no decode kernel serves this (valid) call, or None if one does. Reads no tensor's values."""
     reason = _tokens_reason(q, k, v, g, beta)
     if reason is not None:
         return reason
-    if cu_seqlens is not None:
-        return "cu_seqlens: the kernel takes a dense batch"
-    if q.shape[1] != 1:
-        return f"T={q.shape[1]}: the kernel takes one token a sequence"
-    if num_accepted_tokens is not None or state_indices.dim() != 1:
-        return "speculative decoding: the kernel takes one token a sequence"
-    if state_pool.dtype != torch.float32 or not state_v_first:
-        return f"state is {state_pool.dtype}, state_v_first={state_v_first}: the kernel takes float32 [V, K]"
     heads = v.shape[2]
     if state_pool.stride()[2:] != (128, 1) or (heads > 1 and state_pool.stride(1) != 128 * 128):
         return f"state_pool has strides {state_pool.stride()}: the kernel takes dense rows"
-    if state_pool.stride(0) % 4 != 0 or state_pool.storage_offset() % 4 != 0:
+    per_16_bytes = 16 // state_pool.element_size()
+    if state_pool.stride(0) % per_16_bytes != 0 or state_pool.storage_offset() % per_16_bytes != 0:
         return "state_pool is not aligned to 16 bytes"
+    if q.shape[1] > (2**31 - 1) // 2:
+        return f"T={q.shape[1]}: the kernel counts in 32 bits"
     if heads > 65535:
         return f"{heads} value heads: the kernel takes 65535"
     return None
+
+
+def _view(x: Tensor) -> tuple[int, int, int, int]:
+    """The address of x of [B, T, H, ...], and its B, T and H strides."""
+    batch, token, head = x.stride()[:3]
+    return x.data_ptr(), batch, token, head
+
+
+def _indices(x: Tensor | None) -> tuple[int, int, bool]:
+    """The address of x, its first stride and whether it is int64."""
+    return (0, 0, False) if x is None else (x.data_ptr(), x.stride(0), x.dtype is torch.int64)
 
 
 def recurrent_kda_paged(
@@ -153,11 +153,14 @@ def recurrent_kda_paged(
     state_indices: Tensor,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
     options: KdaOptions,
     *,
+    state_v_first: bool,
     rows_per_warp: int = 0,
 ) -> None:
-    """Launches the decode kernel on the current stream; writes o and rows of state_pool.
+    """Launches a decode kernel on the current stream; writes all of o and rows of state_pool.
 
     rows_per_warp (2, 4, 8) overrides how the work is split, which changes no bit of the result: for tests and tuning.
     """
@@ -168,23 +171,29 @@ def recurrent_kda_paged(
     v = _loadable(v, elements=1)
     A_log = None if A_log is None else _dense_float(A_log)
     dt_bias = None if dt_bias is None else _loadable(dt_bias.float().reshape(-1))
+    slots, slot_stride = 0, 0
+    if state_indices.dim() == 2:
+        slots, slot_stride = state_indices.shape[1], state_indices.stride(1)
     with _current(device):
         extension.recurrent_kda_paged(
-            o=(o.data_ptr(), o.stride(0), o.stride(2)),
-            q=(q.data_ptr(), q.stride(0), q.stride(2)),
-            k=(k.data_ptr(), k.stride(0), k.stride(2)),
-            v=(v.data_ptr(), v.stride(0), v.stride(2)),
-            g=(g.data_ptr(), g.stride(0), g.stride(2)),
-            beta=(beta.data_ptr(), beta.stride(0), beta.stride(2)),
+            o=_view(o),
+            q=_view(q),
+            k=_view(k),
+            v=_view(v),
+            g=_view(g),
+            beta=_view(beta),
             state_pool=state_pool.data_ptr(),
             pool_rows=state_pool.shape[0],
             pool_stride=state_pool.stride(0),
-            state_indices=state_indices.data_ptr(),
-            index_stride=state_indices.stride(0),
-            index_is_64bit=state_indices.dtype == torch.int64,
+            state_indices=_indices(state_indices),
+            slots=slots,
+            slot_stride=slot_stride,
+            num_accepted_tokens=_indices(num_accepted_tokens),
+            cu_seqlens=_indices(cu_seqlens),
             A_log=_address(A_log),
             dt_bias=_address(dt_bias),
-            sequences=q.shape[0],
+            sequences=q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            tokens=q.shape[1],
             heads=q.shape[2],
             value_heads=v.shape[2],
             head_dim_k=q.shape[3],
@@ -192,6 +201,8 @@ def recurrent_kda_paged(
             dtype=dtypes[q.dtype],
             g_dtype=dtypes[g.dtype],
             beta_dtype=dtypes[beta.dtype],
+            state_dtype=dtypes[state_pool.dtype],
+            state_v_first=state_v_first,
             rows_per_warp=rows_per_warp,
             device=device.index,
             stream=torch._C._cuda_getCurrentRawStream(device.index),

@@ -394,7 +394,7 @@ def _scan_forward(x: _Chunks, rows: _StateRows, c0: int, entering: Tensor, leavi
     """Advance the state over the chunks ``x``, the first of them chunk ``c0`` of the call.
 
     Fills ``entering [n, M, K, V]`` (and ``leaving``) with the state before (and after) each chunk and turns ``AV`` into
-    ``U [n, M, C, V]``, which it returns.
+    ``U [n, M, C, V]``, which it returns. The next chunk starts from the state as ``leaving`` holds it, in its dtype.
     """
     states = [*entering.unbind(0), torch.empty_like(entering[0])]
     factors = zip(x.AV.unbind(0), x.AKd.unbind(0), x.gamma.unbind(0), x.Kr.mT.unbind(0), strict=True)
@@ -404,6 +404,8 @@ def _scan_forward(x: _Chunks, rows: _StateRows, c0: int, entering: Tensor, leavi
         after = torch.mul(S, gamma, out=states[c + 1]).baddbmm_(Kr_t, U)
         if leaving is not None:
             leaving[c] = after
+            if leaving.dtype != after.dtype:
+                after.copy_(leaving[c])
         rows.leave(c0 + c, after)
     return x.AV
 
@@ -700,7 +702,7 @@ def recurrent_kda_paged(
     layout = _layout(q, cu_seqlens, 1)
     initial = read_rows(state_pool, start, valid, state_dtype(q))
     initial = (initial.mT if state_v_first else initial).contiguous()
-    leaving = initial.new_empty(layout.chunks, layout.batch * v.shape[2], K, v.shape[3])
+    leaving = state_pool.new_empty(layout.chunks, layout.batch * v.shape[2], K, v.shape[3])
     o, _ = _forward(layout, x, initial, options, leaving=leaving)
     leaving = leaving.unflatten(1, (layout.batch, -1)).flatten(0, 1)  # one state a token, [tokens, HV, K, V]
     if isinstance(layout, _PackedLayout):  # chunks of one token: chunk c holds token `position` of its sequence

@@ -59,14 +59,12 @@ def test_a_device_without_kernels_has_a_reason(built: None) -> None:
 
 
 def decode_call(**changes: Any) -> dict[str, Any]:
-    """A call that the decode kernel serves, on meta tensors: the decision reads no values."""
+    """A call that a decode kernel serves, on meta tensors: the decision reads no values."""
     bf16 = {"device": "meta", "dtype": torch.bfloat16}
     call = {
         "q": torch.empty(3, 1, 2, 128, **bf16), "k": torch.empty(3, 1, 2, 128, **bf16),
         "v": torch.empty(3, 1, 4, 128, **bf16), "g": torch.empty(3, 1, 4, 128, **bf16),
         "beta": torch.empty(3, 1, 4, **bf16), "state_pool": torch.empty(7, 4, 128, 128, device="meta"),
-        "state_indices": torch.empty(3, dtype=torch.int32, device="meta"), "A_log": None, "dt_bias": None,
-        "cu_seqlens": None, "num_accepted_tokens": None, "state_v_first": True,
     }  # fmt: skip
     return call | changes
 
@@ -83,13 +81,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         ({"state_pool": meta(7, 5, 128, 128, dtype=torch.float32)[:, :4]}, None),
         ({"q": meta(3, 1, 2, 64)}, "K=64"),
         ({"v": meta(3, 1, 4, 64)}, "V=64"),
-        ({"q": meta(3, 2, 2, 128)}, "T=2"),
-        ({"cu_seqlens": meta(4, dtype=torch.int32)}, "cu_seqlens"),
-        ({"state_indices": meta(3, 1, dtype=torch.int32)}, "speculative"),
-        ({"num_accepted_tokens": meta(3, dtype=torch.int32)}, "speculative"),
+        ({"state_pool": meta(7, 4, 128, 128)}, None),
         ({"q": meta(3, 1, 2, 128, dtype=torch.float32)}, "float32"),
-        ({"state_pool": meta(7, 4, 128, 128)}, "bfloat16"),
-        ({"state_v_first": False}, "state_v_first=False"),
+        ({"state_pool": meta(7, 4 * 128 * 128 + 4)[:, 4:].unflatten(1, (4, 128, 128))}, "aligned"),
         ({"state_pool": meta(7, 4 * 128 * 128 + 3, dtype=torch.float32)[:, 3:].unflatten(1, (4, 128, 128))}, "aligned"),
     ],
 )

@@ -206,16 +206,18 @@ def packed(call: Call) -> Call:
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_speculative_decoding_has_the_bits_of_plain_decoding(
-    dtype: torch.dtype, state_v_first: bool, layout: str
+    dtype: torch.dtype, pool_dtype: torch.dtype, state_v_first: bool, layout: str
 ) -> None:
     N, tokens = 3, DRAFTS + 1
     call = make_call(tokens, B=N, K=48, V=40, dtype=dtype, initial_state=True, state_v_first=state_v_first)
+    call["initial_state"] = call["initial_state"].to(pool_dtype)
     expected_o, expected_states = decode(call, call["initial_state"])
     slots = torch.randperm(N * tokens + 2, generator=torch.Generator().manual_seed(0))[: N * tokens].view(N, tokens)
     for accepted in range(1, tokens + 1):
-        pool = torch.full((N * tokens + 2, *call["initial_state"].shape[1:]), torch.nan)
+        pool = torch.full((N * tokens + 2, *call["initial_state"].shape[1:]), torch.nan, dtype=pool_dtype)
         pool[slots[:, accepted - 1]] = call["initial_state"]
         spare = torch.ones(len(pool), dtype=torch.bool)
         spare[slots] = False
@@ -242,6 +244,20 @@ def test_rejected_drafts_leave_the_sequence_as_if_never_drafted() -> None:
         expected_o, expected_states = decode(single, call["initial_state"][n : n + 1])
         assert torch.equal(o[n : n + 1], expected_o[:, kept:])
         assert torch.equal(pool[slots[n]], expected_states[0, kept:])
+
+
+def test_accepted_tokens_can_be_replayed_on_one_slot_a_sequence() -> None:
+    """A call of the accepted tokens and new drafts, which writes the state between the two in place and no other."""
+    N, tokens = 3, DRAFTS + 1
+    call = make_call(2 * tokens, B=N, initial_state=True)
+    accepted = torch.tensor([1, 3, 4])
+    slots = torch.full((N, 2 * tokens), -1)
+    slots[torch.arange(N), accepted - 1] = torch.arange(N)
+    pool = call["initial_state"].clone()
+    o = recurrent_kda_paged(**paged(call, pool, slots), num_accepted_tokens=accepted)
+    expected_o, expected_states = decode(call, call["initial_state"])
+    assert torch.equal(o, expected_o)
+    assert torch.equal(pool, expected_states[torch.arange(N), accepted - 1])
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])

@@ -11,19 +11,47 @@
 
 namespace flashkda {
 
-// Data that is used once a launch and need not displace anything from L2.
-__device__ __forceinline__ float4 load_streaming(const float4* address) {
-  float4 x;
-  asm volatile("ld.global.cs.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "l"(address)
-               : "memory");
-  return x;
+// Has the compiler hold an address instead of working it out again for each access.
+template <typename T>
+__device__ __forceinline__ void keep(T*& address) {
+  asm volatile("" : "+l"(address));
 }
 
-__device__ __forceinline__ void store_streaming(float4* address, float4 x) {
-  asm volatile("st.global.cs.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-               : "memory");
+// Data that is used once a launch and need not displace anything from L2: 1, 2, 4 or 8 words, aligned to their size
+// (8 to 16 bytes).
+template <int kWords>
+__device__ __forceinline__ void load_streaming(const void* address, uint32_t (&x)[kWords]) {
+  if constexpr (kWords == 1) {
+    asm volatile("ld.global.cs.b32 %0, [%1];" : "=r"(x[0]) : "l"(address) : "memory");
+  } else if constexpr (kWords == 2) {
+    asm volatile("ld.global.cs.v2.b32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(address) : "memory");
+  } else {
+    static_assert(kWords % 4 == 0);
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      asm volatile("ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(x[i]), "=r"(x[i + 1]), "=r"(x[i + 2]), "=r"(x[i + 3])
+                   : "l"(static_cast<const char*>(address) + 4 * i)
+                   : "memory");
+    }
+  }
+}
+
+template <int kWords>
+__device__ __forceinline__ void store_streaming(void* address, const uint32_t (&x)[kWords]) {
+  if constexpr (kWords == 1) {
+    asm volatile("st.global.cs.b32 [%0], %1;" ::"l"(address), "r"(x[0]) : "memory");
+  } else if constexpr (kWords == 2) {
+    asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(x[0]), "r"(x[1]) : "memory");
+  } else {
+    static_assert(kWords % 4 == 0);
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<char*>(address) + 4 * i), "r"(x[i]),
+                   "r"(x[i + 1]), "r"(x[i + 2]), "r"(x[i + 3])
+                   : "memory");
+    }
+  }
 }
 
 // Read-only data that several warps want.

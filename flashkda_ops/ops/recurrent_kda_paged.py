@@ -73,9 +73,9 @@ def op(*args: Any) -> Tensor:
     if sizes.T == 0 or sizes.N == 0 or a.state_pool.shape[0] == 0:
         return a.v.new_zeros(sizes.B, sizes.T, sizes.HV, sizes.V)
     options = KdaOptions.of(a)
-    if a.q.is_cuda and cuda.recurrent_kda_paged_reason(*a[:11], a.state_v_first) is None:
+    if a.q.is_cuda and cuda.recurrent_kda_paged_reason(*a[:6]) is None:
         o = a.v.new_empty(sizes.B, sizes.T, sizes.HV, sizes.V)
-        cuda.recurrent_kda_paged(o, *a[:9], options)
+        cuda.recurrent_kda_paged(o, *a[:11], options, state_v_first=a.state_v_first)
         return o
     return portable.recurrent_kda_paged(*a[:11], options, state_v_first=a.state_v_first)
 

@@ -1,4 +1,4 @@
-// What the decode kernel is built for, and how it splits the work: plain host functions, tested without a GPU.
+// What the decode kernels are built for, and how they split the work: plain host functions, tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -21,24 +21,37 @@ inline int rows_per_warp(int64_t sequences, int value_heads, int sm_count) {
   return 2;
 }
 
-// Why the kernel cannot take these params, or null. Alignment: four consecutive elements are one load.
+// Whether every sequence has one token and one row of the pool, which a kernel of its own serves.
+inline bool is_one_token(const RecurrentKdaParams& p) {
+  return p.tokens == 1 && p.slots == 0 && p.cu_seqlens.values == nullptr;
+}
+
+// Why the kernels cannot take these params, or null. Alignment: four consecutive elements are one load, and up to 16
+// bytes of a state.
 inline const char* unsupported(const RecurrentKdaParams& p) {
-  const auto misaligned = [](const void* base, Strides stride, int bytes) {
-    return reinterpret_cast<uintptr_t>(base) % (4 * bytes) != 0 || (stride.sequence | stride.head) % 4 != 0;
+  const auto misaligned = [](const void* base, BatchedStrides stride, int bytes) {
+    return reinterpret_cast<uintptr_t>(base) % (4 * bytes) != 0 || (stride.batch | stride.token | stride.head) % 4 != 0;
   };
+  const int state_bytes = p.state_dtype == Dtype::kFloat32 ? 4 : 2;
   if (p.head_dim_k != kHeadDim || p.head_dim_v != kHeadDim) return "K and V must be 128";
   if (p.heads <= 0 || p.value_heads <= 0 || p.value_heads % p.heads != 0)
     return "value_heads must be a positive multiple of heads";
-  if (p.sequences < 0 || p.pool_rows < 0) return "sequences and pool_rows must not be negative";
+  if (p.sequences < 0 || p.tokens < 0 || p.pool_rows < 0 || p.slots < 0)
+    return "sequences, tokens, pool_rows and slots must not be negative";
   if (p.sequences > INT32_MAX / (kHeadDim / kWarps) || p.value_heads > 65535)
     return "too many sequences or value heads";
+  if (p.tokens > INT32_MAX / 2) return "too many tokens";
+  if (p.num_accepted_tokens.values != nullptr && p.slots == 0)
+    return "num_accepted_tokens must be absent without slots";
   if (p.dtype != Dtype::kBFloat16 && p.dtype != Dtype::kFloat16) return "q, k and v must be bf16 or fp16";
   if (p.g_dtype != p.dtype && p.g_dtype != Dtype::kFloat32) return "g must have q's dtype or be fp32";
   if (p.beta_dtype != p.dtype && p.beta_dtype != Dtype::kFloat32) return "beta must have q's dtype or be fp32";
+  if (p.state_dtype != Dtype::kFloat32 && p.state_dtype != Dtype::kBFloat16) return "state_pool must be fp32 or bf16";
   if (misaligned(p.q, p.q_stride, 2) || misaligned(p.k, p.k_stride, 2)) return "q and k must be aligned to 8 bytes";
   if (misaligned(p.g, p.g_stride, p.g_dtype == Dtype::kFloat32 ? 4 : 2)) return "g must be aligned to 4 elements";
-  if (misaligned(p.state_pool, {p.pool_stride, 0}, 4)) return "state_pool must be aligned to 16 bytes";
-  if (misaligned(p.dt_bias, {0, 0}, 4)) return "dt_bias must be aligned to 16 bytes";
+  if (reinterpret_cast<uintptr_t>(p.state_pool) % 16 != 0 || p.pool_stride * state_bytes % 16 != 0)
+    return "state_pool must be aligned to 16 bytes";
+  if (misaligned(p.dt_bias, {}, 4)) return "dt_bias must be aligned to 16 bytes";
   return nullptr;
 }
 

@@ -2,6 +2,6 @@
 
 namespace flashkda::recurrent_kda {
 
-template cudaError_t launch<__nv_bfloat16>(const RecurrentKdaParams&, int, cudaStream_t);
+template cudaError_t launch<__nv_bfloat16, __nv_bfloat16>(const RecurrentKdaParams&, int, cudaStream_t);
 
 }  // namespace flashkda::recurrent_kda

@@ -2,6 +2,6 @@
 
 namespace flashkda::recurrent_kda {
 
-template cudaError_t launch<__half>(const RecurrentKdaParams&, int, cudaStream_t);
+template cudaError_t launch<__half, float>(const RecurrentKdaParams&, int, cudaStream_t);
 
 }  // namespace flashkda::recurrent_kda
