@@ -126,8 +126,6 @@ def recurrent_kda_paged_reason(
         return "state_pool is not aligned to 16 bytes"
     if q.shape[1] > (2**31 - 1) // 2:
         return f"T={q.shape[1]}: the kernel counts in 32 bits"
-    if heads > 65535:
-        return f"{heads} value heads: the kernel takes 65535"
     return None
 
 

@@ -54,6 +54,15 @@ __device__ __forceinline__ void store_streaming(void* address, const uint32_t (&
   }
 }
 
+// Copies 16 bytes to shared memory, or zeroes them there, some time before wait_for_copies returns in this thread.
+__device__ __forceinline__ void copy_16_bytes_async(void* shared, const void* global, bool is_zero) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(is_zero ? 0 : 16)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Read-only data that several warps want.
 __device__ __forceinline__ uint4 load_16_bytes(const void* address) {
   uint4 x;

@@ -8,8 +8,10 @@
 namespace flashkda::recurrent_kda {
 
 constexpr int kHeadDim = 128;  // K and V
-constexpr int kWarps = 4;      // in a CTA
+constexpr int kWarps = 4;      // in a CTA that decodes one token
 constexpr int kThreads = 32 * kWarps;
+constexpr int kTokensWarps = 8;  // in one that decodes several
+constexpr int kTokensThreads = 32 * kTokensWarps;
 
 // A warp owns this many rows of V of one head, a CTA kWarps times as many. Large calls want 8, which spread the gates
 // and norms that every warp computes for itself over more rows; where there are too few heads to fill the chip, smaller
@@ -38,8 +40,7 @@ inline const char* unsupported(const RecurrentKdaParams& p) {
     return "value_heads must be a positive multiple of heads";
   if (p.sequences < 0 || p.tokens < 0 || p.pool_rows < 0 || p.slots < 0)
     return "sequences, tokens, pool_rows and slots must not be negative";
-  if (p.sequences > INT32_MAX / (kHeadDim / kWarps) || p.value_heads > 65535)
-    return "too many sequences or value heads";
+  if (p.sequences > INT32_MAX / 2 || p.value_heads > INT32_MAX / kHeadDim) return "too many sequences or value heads";
   if (p.tokens > INT32_MAX / 2) return "too many tokens";
   if (p.num_accepted_tokens.values != nullptr && p.slots == 0)
     return "num_accepted_tokens must be absent without slots";

@@ -24,44 +24,57 @@ __device__ __forceinline__ bool is_row(const RecurrentKdaParams& p, int64_t slot
   return slot >= 0 && slot < p.pool_rows;
 }
 
+// CTAs that run together work on neighbouring heads of a sequence, which lie next to each other in a row of the pool.
+__device__ __forceinline__ int64_t sequence_of_cta() { return int64_t(blockIdx.z) * gridDim.y + blockIdx.y; }
+
+// The kernel behind this one in the stream may start as soon as this one has no CTA left to start, if it waits as this
+// one does here: for the kernel before it, whose results are there from now on.
+__device__ __forceinline__ void overlap_launches() {
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+}
+
 // One token and one slot a sequence. Every warp computes the norms and gates of its head for itself, in the time its
 // rows take to arrive.
 template <typename T, typename State, bool kVFirst, int kRows>
 __global__ void __launch_bounds__(kThreads) one_token_kernel(const __grid_constant__ RecurrentKdaParams p) {
-  constexpr int kCtasPerHead = kHeadDim / (kWarps * kRows);
+  using StateTile = Tile<State, kVFirst, kRows, kWarps>;
+  constexpr int kCtaRows = kWarps * kRows;
+  constexpr int kCtasPerHead = kHeadDim / kCtaRows;
+  alignas(16) __shared__ char shared_tile[StateTile::kSharedBytes + 16];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int64_t sequence = blockIdx.x / kCtasPerHead;
-  const int value_head = blockIdx.y;
+  const int64_t sequence = sequence_of_cta();
+  if (sequence >= p.sequences) return;
+  const int value_head = blockIdx.x / kCtasPerHead;
   const int head = unsigned(value_head) * unsigned(p.heads) / unsigned(p.value_heads);
-  const int first_row = (blockIdx.x % kCtasPerHead * kWarps + warp) * kRows;
-  const int row = first_row + Rows<kRows>::row(lane);
+  const int cta_row = blockIdx.x % kCtasPerHead * kCtaRows;
+  const int row = cta_row + warp * kRows + Rows<kRows>::row(lane);
   const int channel = 4 * lane;
   const Token token = {sequence, 0, head, value_head};
+  overlap_launches();
 
   // Loads, all before any arithmetic: the index, since the state waits for it; then what does not; then the state.
   const int64_t slot = load_index(p.state_indices, sequence * p.state_indices.stride);
-  const TokenBits token_bits = load_token<T>(p, token, channel, row);
+  const TokenBits token_bits = load_token<T>(p, token, channel);
+  const uint16_t v_bits = load_v<T>(p, token, row);
   const GateBits gate_bits = load_gate(p, value_head, channel);
 
   // Padding runs the same code on a state of zeros: a branch here would let the loads above sink below it.
-  using Bits = StateBits<State, kVFirst, kRows>;
   const bool is_padding = !is_row(p, slot);
-  State* state =
-      static_cast<State*>(p.state_pool) + slot * p.pool_stride + Bits::offset(value_head, first_row, channel);
-  keep(state);
-  Bits bits;
-  bits.load(state, is_padding);
+  State* const state =
+      static_cast<State*>(p.state_pool) + slot * p.pool_stride + StateTile::offset(value_head, cta_row);
+  StateTile tile(warp, lane, shared_tile);
+  tile.load(state, is_padding);
 
   // While the state is on its way: gates, norms, q . k.
   const Step step = prepare<T>(p, token_bits, gate_bits);
   float4 S[kRows];
-  bits.unpack(S);
+  tile.wait(S);
   const float Sk_or_Sq = decay_and_multiply(S, step.alpha, step.q, step.k, lane);
-  const float u = __fmul_rn(step.beta, to_float(from_bits<T>(token_bits.v)) - Sk_or_Sq);  // in the lower half warp
+  const float u = __fmul_rn(step.beta, to_float(from_bits<T>(v_bits)) - Sk_or_Sq);  // in the lower half warp
   update(S, u, step.k);
-  bits.pack(S);
-  if (!is_padding) bits.store(state);
+  if (!is_padding) tile.store(state, S);
 
   const float u_of_row = __shfl_sync(kFullWarp, u, lane % 16);
   if (Rows<kRows>::writes_o(lane)) {
@@ -70,14 +83,14 @@ __global__ void __launch_bounds__(kThreads) one_token_kernel(const __grid_consta
   }
 }
 
-// Tokens whose factors are in shared memory at once: two for every warp to prepare.
-constexpr int kTokensAtOnce = 2 * kWarps;
+// Tokens whose factors are in shared memory at once: one for every warp to prepare.
+constexpr int kTokensAtOnce = kTokensWarps;
 
 template <int kCtaRows>
 struct SharedStep {
   float4 alpha[32], q[32], k[32];
   float v[kCtaRows];
-  int64_t slot;  // to write the state to after this token, if it is a row
+  int64_t slot;  // the row to write the state to after this token, or -1
   float beta, qk;
 };
 
@@ -85,7 +98,7 @@ struct SharedStep {
 template <typename T, int kCtaRows>
 __device__ __forceinline__ void zero_o(const RecurrentKdaParams& p, Token first, int count, int step, int row) {
 #pragma unroll 1
-  for (int64_t i = int64_t(threadIdx.x / kCtaRows) * step; i < count; i += kThreads / kCtaRows * int64_t(step)) {
+  for (int64_t i = int64_t(threadIdx.x / kCtaRows) * step; i < count; i += blockDim.x / kCtaRows * int64_t(step)) {
     T* const o = static_cast<T*>(p.o) + first.offset(p.o_stride, first.value_head) + i * p.o_stride.token;
     o[row + threadIdx.x % kCtaRows] = from_float<T>(0.f);
   }
@@ -95,17 +108,22 @@ __device__ __forceinline__ void zero_o(const RecurrentKdaParams& p, Token first,
 // tokens and meet at a barrier; from there on a token costs a warp only what its own rows need. Six CTAs a
 // multiprocessor is what the registers allow without a spill.
 template <typename T, typename State, bool kVFirst, int kRows>
-__global__ void __launch_bounds__(kThreads, 6) tokens_kernel(const __grid_constant__ RecurrentKdaParams p) {
-  constexpr int kCtaRows = kWarps * kRows;
+__global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_constant__ RecurrentKdaParams p) {
+  using StateTile = Tile<State, kVFirst, kRows, kTokensWarps>;
+  constexpr int kCtaRows = kTokensWarps * kRows;
   constexpr int kCtasPerHead = kHeadDim / kCtaRows;
+  constexpr int kRowsOfLane = (kCtaRows + 31) / 32;
   __shared__ SharedStep<kCtaRows> steps[kTokensAtOnce];
+  alignas(16) __shared__ char shared_tile[StateTile::kSharedBytes + 16];
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(kFullWarp, int(threadIdx.x) / 32, 0);  // so that the compiler sees it is uniform
-  const int64_t sequence = blockIdx.x / kCtasPerHead;
-  const int value_head = blockIdx.y;
+  const int64_t sequence = sequence_of_cta();
+  if (sequence >= p.sequences) return;
+  const int value_head = blockIdx.x / kCtasPerHead;
   const int head = unsigned(value_head) * unsigned(p.heads) / unsigned(p.value_heads);
   const int cta_row = blockIdx.x % kCtasPerHead * kCtaRows;
   const int channel = 4 * lane;
+  overlap_launches();
 
   // This sequence's tokens, in bounds whatever cu_seqlens holds.
   Token first = {sequence, 0, head, value_head};
@@ -134,70 +152,80 @@ __global__ void __launch_bounds__(kThreads, 6) tokens_kernel(const __grid_consta
     zero_o<T, kCtaRows>(p, first, length, 1, cta_row);
     return;
   }
-  using Bits = StateBits<State, kVFirst, kRows>;
-  State* const states = static_cast<State*>(p.state_pool) + Bits::offset(value_head, cta_row + warp * kRows, channel);
-  Bits bits;
-  bits.load(states + start * p.pool_stride, false);
-  float4 S[kRows];
-  bits.unpack(S);
+  State* const states = static_cast<State*>(p.state_pool) + StateTile::offset(value_head, cta_row);
+  StateTile tile(warp, lane, shared_tile);
+  tile.load(states + start * p.pool_stride, false);
 
-#pragma unroll 1
-  for (int done = 0; done < length; done += kTokensAtOnce) {
-    const int count = min(length - done, kTokensAtOnce);
-    if (done > 0) __syncthreads();  // steps are read no more
-#pragma unroll 1
-    for (int j = warp; j < count; j += kWarps) {
-      SharedStep<kCtaRows>& shared = steps[j];
-      const int position = done + j;
-      const Token token = {first.batch, first.token + position, head, value_head};
-      const TokenBits token_bits = load_token<T>(p, token, channel, cta_row + lane % kCtaRows);
-      const GateBits gate_bits = load_gate(p, value_head, channel);
-      const bool is_written = p.slots == 0 ? position == length - 1 : position < p.slots;
-      const int64_t slot = is_written ? slot_at(p.slots == 0 ? 0 : position) : -1;
-      const Step step = prepare<T>(p, token_bits, gate_bits);
-      shared.alpha[lane] = step.alpha;
-      shared.q[lane] = step.q;
-      shared.k[lane] = step.k;
-      if (lane < kCtaRows) shared.v[lane] = to_float(from_bits<T>(token_bits.v));
-      if (lane == 0) {
-        shared.beta = step.beta;
-        shared.qk = step.qk;
-        shared.slot = slot;
-      }
+  const auto prepare_step = [&](int position) {
+    SharedStep<kCtaRows>& shared = steps[warp];
+    const Token token = {first.batch, first.token + position, head, value_head};
+    const TokenBits token_bits = load_token<T>(p, token, channel);
+    const GateBits gate_bits = load_gate(p, value_head, channel);
+    uint16_t v_bits[kRowsOfLane];
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) v_bits[i] = load_v<T>(p, token, cta_row + (lane + 32 * i) % kCtaRows);
+    const bool is_written = p.slots == 0 ? position == length - 1 : position < p.slots;
+    const int64_t slot = is_written ? slot_at(p.slots == 0 ? 0 : position) : -1;
+    const Step step = prepare<T>(p, token_bits, gate_bits);
+    shared.alpha[lane] = step.alpha;
+    shared.q[lane] = step.q;
+    shared.k[lane] = step.k;
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) shared.v[(lane + 32 * i) % kCtaRows] = to_float(from_bits<T>(v_bits[i]));
+    if (lane == 0) {
+      shared.beta = step.beta;
+      shared.qk = step.qk;
+      shared.slot = is_row(p, slot) ? slot : -1;
     }
-    __syncthreads();
+  };
 
+  if (warp < length) prepare_step(warp);
+  __syncthreads();
+  float4 S[kRows];
+  tile.wait(S);
+  const int row = warp * kRows + Rows<kRows>::row(lane);
+  T* o = static_cast<T*>(p.o) + first.offset(p.o_stride, value_head) + cta_row + row;
+#pragma unroll 1
+  for (int done = 0;;) {
+    const int count = min(length - done, kTokensAtOnce);
 #pragma unroll 1
     for (int j = 0; j < count; ++j) {
       const SharedStep<kCtaRows>& step = steps[j];
-      const int row = warp * kRows + Rows<kRows>::row(lane);
       const float4 k = step.k[lane];
       const float Sk_or_Sq = decay_and_multiply(S, step.alpha[lane], step.q[lane], k, lane);
       const float u = __fmul_rn(step.beta, step.v[row] - Sk_or_Sq);  // in the lower half warp
       update(S, u, k);
-      if (p.slots > 0 || is_row(p, step.slot)) {
-        bits.pack(S);
-        if (is_row(p, step.slot)) bits.store(states + step.slot * p.pool_stride);
-        if (p.slots > 0) bits.unpack(S);  // a token later accepted finds what decoding token by token finds
-      }
+      if (p.slots > 0) round_to<State>(S);  // so that decoding goes on from an accepted token's state as this does
+      if (step.slot >= 0) tile.store(states + step.slot * p.pool_stride, S);
       const float u_of_row = __shfl_sync(kFullWarp, u, lane % 16);
-      if (Rows<kRows>::writes_o(lane)) {
-        const Token token = {first.batch, first.token + done + j, head, value_head};
-        T* const o = static_cast<T*>(p.o) + token.offset(p.o_stride, value_head);
-        o[cta_row + row] = from_float<T>(fmaf(u_of_row, step.qk, Sk_or_Sq));
-      }
+      if (Rows<kRows>::writes_o(lane)) *o = from_float<T>(fmaf(u_of_row, step.qk, Sk_or_Sq));
+      o += p.o_stride.token;
     }
+    done += kTokensAtOnce;
+    if (done >= length) return;
+    __syncthreads();  // steps are read no more
+    if (done + warp < length) prepare_step(done + warp);
+    __syncthreads();
   }
 }
 
 template <typename T, typename State, bool kVFirst, int kRows>
 cudaError_t launch_rows(const RecurrentKdaParams& params, cudaStream_t stream) {
+  const bool one_token = is_one_token(params);
+  const int warps = one_token ? kWarps : kTokensWarps;
+  constexpr int64_t kMaxGridY = 65535;
+  const int64_t y = params.sequences < kMaxGridY ? params.sequences : kMaxGridY;
+  const int64_t z = (params.sequences + y - 1) / y;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(params.sequences * (kHeadDim / (kWarps * kRows))), unsigned(params.value_heads));
-  config.blockDim = dim3(kThreads);
+  config.gridDim = dim3(unsigned(params.value_heads * (kHeadDim / (warps * kRows))), unsigned(y), unsigned(z));
+  config.blockDim = dim3(32 * warps);
   config.stream = stream;
-  const auto kernel =
-      is_one_token(params) ? one_token_kernel<T, State, kVFirst, kRows> : tokens_kernel<T, State, kVFirst, kRows>;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  const auto kernel = one_token ? one_token_kernel<T, State, kVFirst, kRows> : tokens_kernel<T, State, kVFirst, kRows>;
   // Returns this launch's own error, where cudaGetLastError would also return an earlier one of someone else's.
   return cudaLaunchKernelEx(&config, kernel, params);
 }

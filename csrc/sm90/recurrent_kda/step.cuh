@@ -83,23 +83,26 @@ struct Token {
   }
 };
 
-// A lane's share of a token, on its way from memory: four channels, and an element of v.
+// A lane's four channels of a token, on their way from memory.
 struct TokenBits {
   uint2 q, k;
   uint4 g;
   ushort2 beta;
-  uint16_t v;
 };
 
 template <typename T>
-__device__ __forceinline__ TokenBits load_token(const RecurrentKdaParams& p, Token at, int channel, int row) {
+__device__ __forceinline__ TokenBits load_token(const RecurrentKdaParams& p, Token at, int channel) {
   TokenBits x;
   x.q = load_8_bytes(static_cast<const T*>(p.q) + at.offset(p.q_stride, at.head) + channel);
   x.k = load_8_bytes(static_cast<const T*>(p.k) + at.offset(p.k_stride, at.head) + channel);
   x.g = load4<T>(p.g, at.offset(p.g_stride, at.value_head) + channel, p.g_dtype == Dtype::kFloat32);
-  x.v = load_2_bytes(static_cast<const T*>(p.v) + at.offset(p.v_stride, at.value_head) + row);
   x.beta = load1<T>(p.beta, at.offset(p.beta_stride, at.value_head), p.beta_dtype == Dtype::kFloat32);
   return x;
+}
+
+template <typename T>
+__device__ __forceinline__ uint16_t load_v(const RecurrentKdaParams& p, Token at, int row) {
+  return load_2_bytes(static_cast<const T*>(p.v) + at.offset(p.v_stride, at.value_head) + row);
 }
 
 // The gate's parameters, in the four channels of a lane, on their way from memory.
