@@ -134,8 +134,7 @@ class Tile<State, false, kRows, kTileWarps> {
   }
 
   __device__ __forceinline__ void load(const State* tile, bool is_zero) const {
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) copy_16_bytes_async(chunk(i), tile + chunk_offset(i), is_zero);
+    for_each_chunk(tile, [&](char* shared, const State* state) { copy_16_bytes_async(shared, state, is_zero); });
   }
 
   __device__ __forceinline__ void wait(float4 (&S)[kRows]) const {
@@ -158,12 +157,11 @@ class Tile<State, false, kRows, kTileWarps> {
       access(c, [&](void* shared, int i, int bytes) { memcpy(shared, &x.words[i], bytes); });
     }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
+    for_each_chunk(tile, [&](char* shared, State* state) {
       uint32_t words[4];
-      memcpy(words, __builtin_assume_aligned(chunk(i), 16), 16);
-      store_streaming(tile + chunk_offset(i), words);
-    }
+      memcpy(words, __builtin_assume_aligned(shared, 16), 16);
+      store_streaming(state, words);
+    });
   }
 
  private:
@@ -172,13 +170,18 @@ class Tile<State, false, kRows, kTileWarps> {
     return shared_ + line * kLineBytes + place * 16 + byte % 16;
   }
 
-  // The chunks that a thread moves, in the order of memory from thread to thread.
-  __device__ __forceinline__ unsigned line_of(int i) const {
-    return i * (kHeadDim / kCopies) + (warp_ * 32 + lane_) / kChunks;
-  }
-  __device__ __forceinline__ char* chunk(int i) const { return at(line_of(i), lane_ % kChunks * 16); }
-  __device__ __forceinline__ unsigned chunk_offset(int i) const {
-    return line_of(i) * kHeadDim + lane_ % kChunks * unsigned(16 / sizeof(State));
+  // f(in shared memory, in the state) for the chunks that a thread moves: neighbours from thread to thread, then some
+  // lines on. Every 32 lines the chunks lie alike.
+  template <typename Pointer, typename F>
+  __device__ __forceinline__ void for_each_chunk(Pointer tile, F f) const {
+    constexpr int kStep = kHeadDim / kCopies;  // lines
+    static_assert(kStep % 16 == 0);
+    const unsigned line = (warp_ * 32 + lane_) / kChunks, chunk = lane_ % kChunks;
+    Pointer state = tile + line * kHeadDim + chunk * unsigned(16 / sizeof(State));
+    keep(state);
+    char* const shared[2] = {at(line, chunk * 16), at(line + kStep, chunk * 16)};
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) f(shared[i % 2] + i / 2 * (2 * kStep * kLineBytes), state + i * kStep * kHeadDim);
   }
 
   // f(address, first word, bytes) for the warp's rows of the lane's channel c, in pieces of at most a chunk.
