@@ -297,7 +297,8 @@ def recurrent_kda_paged(
             ``[N, slots]``: the rows after each of its tokens, for speculative decoding. Token ``t`` writes
             ``state_indices[n, t]``; the first token reads ``state_indices[n, num_accepted_tokens[n] - 1]``, the state
             after the last token that was accepted. Slots outside ``[0, rows)`` are not written, and a sequence that
-            would read one is padding: nothing is read or written, and its outputs are zero.
+            would read one is padding: nothing is read or written, and its outputs are zero. With ``[N, slots]`` each
+            token starts from the state as a row of the pool holds it, in the pool's dtype, as plain decoding does.
         num_accepted_tokens: ``[N]`` int32 or int64, in ``[1, slots]`` (anything else marks padding); 1 by default.
         The others: see :func:`chunk_kda_paged`.
 
