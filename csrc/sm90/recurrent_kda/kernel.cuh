@@ -1,8 +1,8 @@
 // Decode steps of Kimi Delta Attention: 128 KiB of state traffic a (sequence, value head) in fp32, with arithmetic on
 // it (step.cuh).
 //
-// A warp's loads cover whole rows of the state. The rows of V are independent of each other: a warp owns kRows of them,
-// keeps them in registers over all tokens, and needs nothing of the other warps' rows.
+// The rows of V are independent of each other: a warp owns kRows of them, keeps them in registers over all tokens, and
+// needs nothing of the other warps' rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -105,8 +105,8 @@ __device__ __forceinline__ void zero_o(const RecurrentKdaParams& p, Token first,
 }
 
 // Any number of tokens, and a slot a sequence or one a token. The warps of a CTA share out the gates and norms of the
-// tokens and meet at a barrier; from there on a token costs a warp only what its own rows need. Six CTAs a
-// multiprocessor is what the registers allow without a spill.
+// tokens and meet at a barrier; from there on a token costs a warp only what its own rows need. Three CTAs on a
+// multiprocessor are what the registers allow.
 template <typename T, typename State, bool kVFirst, int kRows>
 __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_constant__ RecurrentKdaParams p) {
   using StateTile = Tile<State, kVFirst, kRows, kTokensWarps>;
