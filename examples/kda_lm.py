@@ -1,13 +1,15 @@
 """A byte-level language model of Kimi Delta Attention layers, in plain PyTorch around the ops of ``flashkda_ops``.
 
-One forward serves three phases, told apart by its arguments: training (``cu_seqlens`` alone: packed documents), prefill
-(``cu_seqlens`` and ``state_indices``: packed prompts, whose final states go into rows of each layer's pool) and decode
-(``state_indices`` alone: one token a sequence, from those rows).
+One forward serves three phases, told apart by its ``Sequences``: training (``cu_seqlens`` alone: packed documents),
+prefill (``cu_seqlens`` and ``state_indices``: packed prompts, whose states go into rows of each layer's pools) and
+decode (``state_indices`` alone: one or a few tokens a sequence, from those rows).
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,15 @@ class Config:
     conv_size: int = 4
 
 
+class Sequences(NamedTuple):
+    """Where the sequences of a call lie in its tokens, and their states in the pools. See ``chunk_kda_paged``."""
+
+    cu_seqlens: Tensor | None = None  # [N + 1]
+    state_indices: Tensor | None = None  # [N], or [N, slots] to decode speculatively; -1 is padding
+    has_initial_state: Tensor | None = None  # [N] bool: of prefill
+    num_accepted_tokens: Tensor | None = None  # [N]: of speculative decoding
+
+
 class Linear(nn.Linear):
     """Without bias; fp32 weights for the optimizer meet activations of any dtype."""
 
@@ -50,7 +61,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
+        y = x.to(self.weight.dtype)
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
@@ -61,26 +72,62 @@ class ShortConvolution(nn.Module):
         super().__init__()
         taps = config.conv_size
         self.weight = nn.Parameter(torch.randn(taps, channels) * taps**-0.5)  # weight[j]: the input j tokens back
-        state = torch.zeros(config.sequences, taps - 1, channels, dtype=config.dtype)  # newest first
+        # Oldest input first. The last row is for padding to read and write, and no sequence's.
+        state = torch.zeros(config.sequences + 1, taps - 1, channels, dtype=config.dtype)
         self.register_buffer("state", state, persistent=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None, state_indices: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, s: Sequences) -> Tensor:
+        return F.silu(self.decode(x, s) if s.cu_seqlens is None else self.packed(x, s.cu_seqlens.long(), s))
+
+    def row(self, slots: Tensor) -> Tensor:
+        """Of each slot; the last for those that are padding."""
+        padding = self.state.shape[0] - 1
+        return torch.where((slots >= 0) & (slots < padding), slots, padding).long()
+
+    def decode(self, x: Tensor, s: Sequences) -> Tensor:
+        """``x [N, T, channels]``, from the states before its first tokens; as in ``recurrent_kda_paged``."""
+        (taps, channels), T = self.weight.shape, x.shape[1]
+        slots = s.state_indices
+        if s.num_accepted_tokens is not None:
+            slots = slots.gather(1, s.num_accepted_tokens.long().unsqueeze(1) - 1).squeeze(1)
+        elif slots.dim() == 2:
+            slots = slots[:, 0]
+        window = torch.cat((self.state[self.row(slots)], x), 1)
+        if s.state_indices.dim() == 2:  # a state a token
+            states = window.unfold(1, taps - 1, 1)[:, 1:].mT.reshape(-1, taps - 1, channels)
+            self.state.index_copy_(0, self.row(s.state_indices[:, :T]).flatten(), states)
+        else:
+            self.state.index_copy_(0, self.row(slots), window[:, T:])
         weight = self.weight.to(x.dtype)
-        taps = weight.shape[0]
-        if cu_seqlens is None:
-            window = torch.cat((x, self.state[state_indices]), 1)
-            self.state.index_copy_(0, state_indices, window[:, :-1])
-            return F.silu((window * weight).sum(1, keepdim=True))
-        token = torch.arange(x.shape[1], device=x.device, dtype=cu_seqlens.dtype)
-        position = token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
         y = x * weight[0]
         for j in range(1, taps):
-            y = y + torch.where((position >= j).unsqueeze(-1), x.roll(j, 1), 0) * weight[j]
-        if state_indices is not None:
-            last = cu_seqlens[1:, None] - 1 - torch.arange(taps - 1, device=x.device)
-            inside = last >= cu_seqlens[:-1, None]
-            self.state.index_copy_(0, state_indices, torch.where(inside.unsqueeze(-1), x[0, last.clamp(min=0)], 0))
-        return F.silu(y)
+            y = y + window[:, taps - 1 - j : taps - 1 - j + T] * weight[j]
+        return y
+
+    def packed(self, x: Tensor, cu_seqlens: Tensor, s: Sequences) -> Tensor:
+        """``x [1, T, channels]`` of packed sequences, the inputs before them from the states where there are any."""
+        (taps, channels), (N, T) = self.weight.shape, (cu_seqlens.shape[0] - 1, x.shape[1])
+        token = torch.arange(T, device=x.device)
+        sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1  # N behind the last one
+        position = token - cu_seqlens[sequence]
+        earlier = x.new_zeros(())
+        if s.state_indices is not None:
+            row = self.row(s.state_indices)
+            earlier = self.state[row]
+            if s.has_initial_state is not None:
+                earlier = torch.where(s.has_initial_state[:, None, None], earlier, 0)
+            kept = torch.arange(1 - taps, 0, device=x.device) + cu_seqlens.diff().unsqueeze(1)  # of each its position
+            older = earlier.gather(1, (kept + taps - 1).clamp(max=taps - 2).unsqueeze(-1).expand(-1, -1, channels))
+            newer = x[0, (cu_seqlens[:-1, None] + kept).clamp(0, T - 1)]
+            self.state.index_copy_(0, row, torch.where((kept >= 0).unsqueeze(-1), newer, older))
+        weight = self.weight.to(x.dtype)
+        y = x * weight[0]
+        for j in range(1, taps):
+            before = earlier
+            if s.state_indices is not None:
+                before = earlier[sequence.clamp(max=N - 1), (position + taps - 1 - j).clamp(max=taps - 2)]
+            y = y + torch.where((position >= j).unsqueeze(-1), x.roll(j, 1), before) * weight[j]
+        return y
 
 
 class KimiDeltaAttention(nn.Module):
@@ -105,8 +152,8 @@ class KimiDeltaAttention(nn.Module):
         # A buffer of the module: compiled code and CUDA graphs then update it in place at a fixed address.
         self.register_buffer("state_pool", torch.zeros(config.sequences, H, K, K), persistent=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None, state_indices: Tensor | None) -> Tensor:
-        qkv = self.qkv_conv1d(self.qkv_proj(x), cu_seqlens, state_indices)
+    def forward(self, x: Tensor, s: Sequences) -> Tensor:
+        qkv = self.qkv_conv1d(self.qkv_proj(x), s)
         # Views, strided as the fused projection: the ops read them where they lie.
         q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         g = self.f_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -120,15 +167,17 @@ class KimiDeltaAttention(nn.Module):
             "use_beta_sigmoid_in_kernel": True,
             "state_v_first": True,
         }
-        if state_indices is None:
-            o, _ = chunk_kda(*tokens, cu_seqlens=cu_seqlens, **options)
-        elif cu_seqlens is None:
-            o = recurrent_kda_paged(*tokens, self.state_pool, state_indices, **options)
-        else:  # prompts start from nothing, whatever the last occupant of a row left there
-            fresh = torch.zeros_like(state_indices, dtype=torch.bool)
-            o = chunk_kda_paged(
-                *tokens, self.state_pool, state_indices, cu_seqlens=cu_seqlens, has_initial_state=fresh, **options
+        if s.state_indices is None:
+            o, _ = chunk_kda(*tokens, cu_seqlens=s.cu_seqlens, **options)
+        elif s.cu_seqlens is None:
+            o = recurrent_kda_paged(
+                *tokens, self.state_pool, s.state_indices, num_accepted_tokens=s.num_accepted_tokens, **options
             )
+        else:
+            o = chunk_kda_paged(
+                *tokens, self.state_pool, s.state_indices, cu_seqlens=s.cu_seqlens,
+                has_initial_state=s.has_initial_state, **options,
+            )  # fmt: skip
         return self.o_proj((self.o_norm(o) * self.g_proj(x).view_as(o).sigmoid()).flatten(2))
 
 
@@ -150,8 +199,8 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(config.hidden_size), KimiDeltaAttention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.hidden_size), SwiGLU(config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None, state_indices: Tensor | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cu_seqlens, state_indices)
+    def forward(self, x: Tensor, s: Sequences) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), s)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -166,32 +215,68 @@ class KdaLM(nn.Module):
         self.norm = RMSNorm(config.hidden_size)
         self.lm_head = Linear(config.hidden_size, VOCAB, gain=0.1)  # small: training starts at ln(256) nats a byte
 
-    def hidden(self, tokens: Tensor, cu_seqlens: Tensor | None = None, state_indices: Tensor | None = None) -> Tensor:
+    def states(self) -> dict[str, Tensor]:
+        """Every layer's states, ``[sequences, ...]`` each: what a ``StatePool`` hands out."""
+        states = {}
+        for i, layer in enumerate(self.layers):
+            states[f"layers.{i}.recurrent"] = layer.attn.state_pool
+            states[f"layers.{i}.convolution"] = layer.attn.qkv_conv1d.state[:-1]
+        return states
+
+    def hidden(self, tokens: Tensor, sequences: Sequences) -> Tensor:
         x = self.embeddings(tokens).to(self.config.dtype)
         for layer in self.layers:
-            x = layer(x, cu_seqlens, state_indices)
+            x = layer(x, sequences)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Logits ``[1, T, 256]`` of packed documents ``tokens [1, T]``."""
-        return self.lm_head(self.hidden(tokens, cu_seqlens)).float()
+        return self.lm_head(self.hidden(tokens, Sequences(cu_seqlens))).float()
 
     def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Mean cross entropy, nats a byte."""
         return F.cross_entropy(self(tokens, cu_seqlens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
-    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, state_indices: Tensor, temperature: Tensor) -> Tensor:
-        """Read packed prompts, leave their states in the pools; the first new token of each, ``[N]``."""
-        last = self.hidden(tokens, cu_seqlens, state_indices)[0, cu_seqlens[1:] - 1]
-        return sample(self.lm_head(last), temperature)
+    def prefill(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor,
+        state_indices: Tensor,
+        temperature: Tensor,
+        has_initial_state: Tensor | None = None,
+    ) -> Tensor:
+        """Read packed prompts, or their next parts, and leave their states in the pools.
 
-    def decode(self, tokens: Tensor, state_indices: Tensor, temperature: Tensor) -> Tensor:
-        """One token ``[N]`` of each sequence to the next."""
-        x = self.hidden(tokens.unsqueeze(1), None, state_indices)
-        return sample(self.lm_head(x).squeeze(1), temperature)
+        Returns the token that follows each, ``[N]``. Prompts start from nothing, whatever the last occupant of their
+        row left there, unless ``has_initial_state [N]`` says that they go on from it.
+        """
+        if has_initial_state is None:
+            has_initial_state = torch.zeros_like(state_indices, dtype=torch.bool)
+        hidden = self.hidden(tokens, Sequences(cu_seqlens, state_indices, has_initial_state))
+        return sample(self.lm_head(hidden[0, cu_seqlens[1:] - 1]), temperature)
+
+    def decode(
+        self, tokens: Tensor, state_indices: Tensor, temperature: Tensor, num_accepted_tokens: Tensor | None = None
+    ) -> Tensor:
+        """The token that follows each of ``tokens``, ``[N]`` or, decoding speculatively, ``[N, T]``."""
+        sequences = Sequences(None, state_indices, None, num_accepted_tokens)
+        x = self.hidden(tokens.reshape(tokens.shape[0], -1), sequences)
+        return sample(self.lm_head(x), temperature).view(tokens.shape)
 
 
 def sample(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Gumbel-max sampling: on the device, no synchronisation; a temperature of 0 is greedy in the same graph."""
+    """Gumbel-max sampling of ``logits [N, ..., 256]``: on the device, no synchronisation.
+
+    ``temperature`` is a scalar or ``[N]``; one of 0 is greedy in the same graph.
+    """
     noise = torch.empty_like(logits, dtype=torch.float32).exponential_().clamp(min=1e-20).log()
-    return (logits.float() - temperature * noise).argmax(-1)
+    return (logits.float() - temperature.view(-1, *[1] * (logits.dim() - 1)) * noise).argmax(-1)
+
+
+def serving_copy(model: KdaLM) -> KdaLM:
+    """The model with its matrices in the dtype of the activations; gate parameters, norms and states stay fp32."""
+    served = copy.deepcopy(model).requires_grad_(False)
+    for module in served.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.to(model.config.dtype)
+    return served

@@ -9,7 +9,6 @@ download.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import os
 import random
@@ -26,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
-from kda_lm import IGNORE, Config, KdaLM
+from kda_lm import IGNORE, Config, KdaLM, serving_copy
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from flashkda_ops import show_config
@@ -215,15 +214,6 @@ class Decoder:
             self._advance()
         synchronize(self._device)
         return out.T, out.numel() / (time.perf_counter() - start)
-
-
-def serving_copy(model: KdaLM) -> KdaLM:
-    """The model with its matrices in the dtype of the activations; gate parameters, norms and states stay fp32."""
-    served = copy.deepcopy(model).requires_grad_(False)
-    for module in served.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.to(model.config.dtype)
-    return served
 
 
 @torch.no_grad()

@@ -1,0 +1,367 @@
+"""A model's decode and prefill functions at a few fixed sizes: on a GPU from CUDA graphs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashkda_ops import validation
+from flashkda_ops.serving.state_pool import StatePool
+
+__all__ = ["CapturedGraph", "CaptureReport", "GraphRunner"]
+
+Outputs = Tensor | tuple["Outputs", ...] | list["Outputs"]
+
+_NO_SLOT = torch.tensor(-1, dtype=torch.int32)
+_DECODE_PADDING = {"tokens": torch.tensor(0), "state_indices": _NO_SLOT}
+_PREFILL_PADDING = {
+    "tokens": torch.tensor(0),
+    "cu_seqlens": torch.tensor(0, dtype=torch.int32),
+    "state_indices": _NO_SLOT,
+    "has_initial_state": torch.tensor(False),
+}
+_WARM_UPS = 2  # the first call may compile and autotune, the second sets up what the first found
+
+
+class CapturedGraph(NamedTuple):
+    """One graph: its phase (``decode`` or ``prefill``), the size of its bucket, what capturing it took."""
+
+    phase: str
+    size: int
+    seconds: float
+    bytes: int
+
+
+class CaptureReport(NamedTuple):
+    """What :meth:`GraphRunner.capture` did: ``seconds`` with warm-up, ``bytes`` of device memory, the driver's too."""
+
+    graphs: list[CapturedGraph]
+    seconds: float
+    bytes: int
+
+    def __str__(self) -> str:
+        phases = dict.fromkeys(graph.phase for graph in self.graphs)
+        sizes = {phase: [str(graph.size) for graph in self.graphs if graph.phase == phase] for phase in phases}
+        captured = "; ".join(f"{phase} at {', '.join(of)}" for phase, of in sizes.items())
+        return f"{len(self.graphs)} graphs ({captured}) in {self.seconds:.1f} s, {self.bytes / 2**20:.0f} MiB"
+
+
+class _Size(NamedTuple):
+    """Of a call or a bucket. Decode has no ``tokens``: there they are a part of each sequence's row."""
+
+    sequences: int
+    tokens: int = 0
+
+    @property
+    def bucket(self) -> int:
+        """The number by which the caller knows the bucket of this size."""
+        return self.tokens or self.sequences
+
+
+class _Kind(Enum):
+    """What an input has one entry of."""
+
+    SEQUENCE = "sequence"
+    TOKEN = "token"  # [1, tokens, ...]
+    BOUND = "bound"  # [sequences + 1]
+
+
+class _Input:
+    """A static input: a buffer for the largest bucket. The inputs of the smaller ones are its beginnings."""
+
+    def __init__(self, kind: _Kind, padding: Tensor, largest: _Size, device: torch.device) -> None:
+        self.kind, self.padding, self.device_padding = kind, padding.cpu(), padding.to(device)
+        self.dim = 1 if kind is _Kind.TOKEN else 0
+        self.before = (1,) * self.dim
+        shape = (*self.before, self.length(largest), *padding.shape)
+        self.buffer = torch.empty(shape, dtype=padding.dtype, device=device).copy_(self.device_padding)
+
+    def length(self, size: _Size) -> int:
+        return {_Kind.SEQUENCE: size.sequences, _Kind.TOKEN: size.tokens, _Kind.BOUND: size.sequences + 1}[self.kind]
+
+    def view(self, size: _Size) -> Tensor:
+        return self.buffer.narrow(self.dim, 0, self.length(size))
+
+    def entries(self, name: str, given: Tensor) -> int:
+        """How many entries are given; everything else about them must be right."""
+        shape, row = given.shape, self.padding.shape
+        if shape[: self.dim] != self.before or shape[self.dim + 1 :] != row or len(shape) <= self.dim:
+            expected = ", ".join(map(str, (*self.before, f"{self.kind.value}s", *row)))
+            raise ValueError(f"{name} must have shape [{expected}], got {list(shape)}")
+        validation.require_dtype(name, given, (self.padding.dtype,))
+        return shape[self.dim]
+
+    def fill(self, given: Tensor, size: _Size) -> None:
+        """Write what is given and, behind it, the padding."""
+        view = target = self.view(size)
+        staged = view.is_cuda and not given.is_cuda
+        if staged:  # padded in pinned memory: one copy, and the host does not wait for the device
+            target = torch.empty(view.shape, dtype=view.dtype, pin_memory=True)
+        count = given.shape[self.dim]
+        target.narrow(self.dim, 0, count).copy_(given)
+        padding = self.padding if staged else self.device_padding
+        if self.kind is _Kind.BOUND:  # empty sequences repeat the last bound
+            padding = given[-1]
+        target.narrow(self.dim, count, target.shape[self.dim] - count).copy_(padding)
+        if staged:
+            view.copy_(target, non_blocking=True)
+
+
+class _Replay(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    outputs: Outputs
+
+
+class _Phase:
+    """One of the model's functions, its static inputs and its graphs."""
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Outputs],
+        buckets: Sequence[_Size],
+        padding: Mapping[str, Tensor],
+        kinds: Mapping[str, _Kind],
+        device: torch.device,
+    ) -> None:
+        largest = buckets[-1] if buckets else _Size(0)
+        self.name, self.function, self.buckets, self.device = name, function, tuple(buckets), device
+        self.inputs = {
+            key: _Input(kinds.get(key, _Kind.SEQUENCE), row, largest, device) for key, row in padding.items()
+        }
+        self.replays: dict[_Size, _Replay] = {}
+
+    def static_inputs(self, size: _Size) -> dict[str, Tensor]:
+        return {name: entry.view(size) for name, entry in self.inputs.items()}
+
+    def fill_with_padding(self) -> None:
+        """No sequences and no tokens: a run reads and writes no state."""
+        for entry in self.inputs.values():
+            entry.buffer.copy_(entry.device_padding)
+
+    def size(self, given: Mapping[str, Tensor]) -> _Size:
+        """Of a call whose inputs are as they must be."""
+        if given.keys() != self.inputs.keys():
+            raise ValueError(f"{self.name} takes the inputs {', '.join(self.inputs)}, got {', '.join(given)}")
+        entries = {name: entry.entries(name, given[name]) for name, entry in self.inputs.items()}
+        tokens = [entries[name] for name, entry in self.inputs.items() if entry.kind is _Kind.TOKEN]
+        size = _Size(entries["state_indices"], *tokens)
+        for name, entry in self.inputs.items():
+            if entries[name] != entry.length(size):
+                raise ValueError(
+                    f"{name} must have {entry.length(size)} entries for {size.sequences} state_indices, "
+                    f"got {entries[name]}"
+                )
+        return size
+
+    def run(self, given: Mapping[str, Tensor]) -> Outputs:
+        """Call or replay on the current stream of the device."""
+        size = self.size(given)
+        bucket = next((b for b in self.buckets if size.sequences <= b.sequences and size.tokens <= b.tokens), None)
+        if bucket is None:
+            return self.function(**{name: x.to(self.device) for name, x in given.items()})
+        for name, entry in self.inputs.items():
+            entry.fill(given[name], bucket)
+        replay = self.replays.get(bucket)
+        if replay is None:
+            outputs = self.function(**self.static_inputs(bucket))
+        else:
+            replay.graph.replay()
+            outputs = replay.outputs
+        return self._rows(outputs, bucket.sequences, size.sequences)
+
+    def _rows(self, outputs: Outputs, expected: int, kept: int) -> Outputs:
+        """The rows of the call's own sequences, copied: the next replay writes over what this one returned."""
+        if not isinstance(outputs, Tensor):
+            return tuple(self._rows(output, expected, kept) for output in outputs)
+        if outputs.shape[:1] != (expected,):
+            shape = list(outputs.shape)
+            raise ValueError(f"{self.name} must return a row a sequence, {expected} of them, got shape {shape}")
+        return outputs[:kept].clone()
+
+
+class GraphRunner:
+    """Runs a model's ``decode`` and ``prefill`` at the sizes of a few buckets; on a GPU they are CUDA graphs.
+
+    A call is padded to the smallest bucket that holds it, and replayed. A call above the largest bucket runs as it is,
+    eagerly: correct, and as slow as without graphs. Until :meth:`capture`, and always on a CPU, the functions
+    themselves run on the padded inputs.
+
+    The functions take their inputs by keyword and return tensors with one row a sequence (or tuples of them). They are
+    those of any module that keeps the ops' rules for CUDA graphs (``docs/ops.md``): a sequence whose ``state_indices``
+    are -1 reads and writes no state, ``cu_seqlens`` may hold empty sequences and end before the last token. They may be
+    compiled, but not into CUDA graphs of their own.
+
+    ==================== ======================================================== ========== =======
+    input of decode      shape                                                    dtype      padding
+    ==================== ======================================================== ========== =======
+    ``tokens``           ``[sequences]``                                          int64      0
+    ``state_indices``    ``[sequences]``                                          int32      -1
+    ==================== ======================================================== ========== =======
+
+    ====================== ====================================================== ========== ==============
+    input of prefill       shape                                                  dtype      padding
+    ====================== ====================================================== ========== ==============
+    ``tokens``             ``[1, tokens]``                                        int64      0
+    ``cu_seqlens``         ``[sequences + 1]``                                    int32      the last bound
+    ``state_indices``      ``[sequences]``                                        int32      -1
+    ``has_initial_state``  ``[sequences]``                                        bool       False
+    ====================== ====================================================== ========== ==============
+
+    All graphs of a runner share one memory pool and its static inputs, so its calls belong on one stream at a time.
+    What a call returns is the caller's to keep. Two runners are independent of each other.
+
+    Args:
+        decode, prefill: the functions.
+        pool: whose slots ``state_indices`` are; its device is that of the inputs.
+        batch_buckets: numbers of sequences of a decode call, ascending. None: decode runs eagerly.
+        token_buckets: numbers of tokens of a prefill call, ascending.
+        prefill_sequences: the most sequences of a prefill call in a bucket.
+        decode_padding, prefill_padding: for each further input, and for one that differs from the tables, what a
+            padding sequence has there (for ``tokens`` of prefill: a padding token). It gives the shape and the dtype of
+            an entry: ``{"temperature": torch.tensor(0.0)}`` adds ``temperature [sequences]``. Speculative decoding is
+            ``{"tokens": torch.zeros(4, dtype=torch.int64), "state_indices": torch.full((4,), -1, dtype=torch.int32),
+            "num_accepted_tokens": torch.tensor(1, dtype=torch.int32)}``.
+        validate: before each call, hold ``state_indices`` against the slots that are allocated, and ``cu_seqlens``
+            against the tokens, on the host (a device synchronisation where they are on the device).
+            ``FLASHKDA_CHECK=1`` does that in every runner.
+
+    Raises:
+        ValueError: naming the argument that is not as described; from calls, naming the input.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[..., Outputs],
+        prefill: Callable[..., Outputs],
+        pool: StatePool,
+        *,
+        batch_buckets: Sequence[int] = (1, 2, 4, 8, 16, 32),
+        token_buckets: Sequence[int] = (256, 1024, 4096),
+        prefill_sequences: int = 16,
+        decode_padding: Mapping[str, Tensor] | None = None,
+        prefill_padding: Mapping[str, Tensor] | None = None,
+        validate: bool = False,
+    ) -> None:
+        for name, buckets in (("batch_buckets", batch_buckets), ("token_buckets", token_buckets)):
+            if list(buckets) != sorted({size for size in buckets if size > 0}):
+                raise ValueError(f"{name} must be positive and ascending, got {list(buckets)}")
+        if prefill_sequences < 1:
+            raise ValueError(f"prefill_sequences must be positive, got {prefill_sequences}")
+        self.pool = pool
+        self._validates = validate or validation.CHECK_VALUES
+        self._decode = _Phase(
+            "decode",
+            decode,
+            [_Size(size) for size in batch_buckets],
+            {**_DECODE_PADDING, **(decode_padding or {})},
+            {},
+            pool.device,
+        )
+        self._prefill = _Phase(
+            "prefill",
+            prefill,
+            [_Size(prefill_sequences, size) for size in token_buckets],
+            {**_PREFILL_PADDING, **(prefill_padding or {})},
+            {"tokens": _Kind.TOKEN, "cu_seqlens": _Kind.BOUND},
+            pool.device,
+        )
+        self._memory = torch.cuda.graph_pool_handle() if pool.device.type == "cuda" else None
+
+    @torch.no_grad()
+    def decode(self, **inputs: Tensor) -> Any:
+        """Run ``decode`` on inputs on any device; returns its rows for these sequences."""
+        if self._validates and "state_indices" in inputs:
+            self.pool.check(inputs["state_indices"])
+        with self._current_device():
+            return self._decode.run(inputs)
+
+    @torch.no_grad()
+    def prefill(self, **inputs: Tensor) -> Any:
+        """Run ``prefill`` on inputs on any device; returns its rows for these sequences."""
+        if self._validates and {"tokens", "cu_seqlens", "state_indices"} <= inputs.keys():
+            self.pool.check(inputs["state_indices"])
+            validation.check_cu_seqlens(inputs["cu_seqlens"], inputs["tokens"].shape[1])
+        with self._current_device():
+            return self._prefill.run(inputs)
+
+    def warm_up(self, *, progress: bool = False) -> None:
+        """Call the functions at every bucket, on padding alone: what they compile is compiled then."""
+        with self._current_device():
+            for phase, size in _with_progress("warm up", self._work(), progress):
+                self._warm_up(phase, size)
+
+    def capture(self, *, progress: bool = False) -> CaptureReport:
+        """Warm up and capture every bucket; on a CPU warm up. Runs on padding alone: no state is read or written.
+
+        ``progress`` shows a bar where tqdm is installed, else prints a line a bucket, to stderr.
+        """
+        graphs, start = [], time.perf_counter()
+        with self._current_device():
+            for phase, size in _with_progress("capture", self._work(), progress):
+                began = time.perf_counter()
+                self._warm_up(phase, size)
+                if self._memory is not None:
+                    used = self._capture(phase, size)
+                    graphs.append(CapturedGraph(phase.name, size.bucket, time.perf_counter() - began, used))
+        return CaptureReport(graphs, time.perf_counter() - start, sum(graph.bytes for graph in graphs))
+
+    def _work(self) -> list[tuple[_Phase, _Size]]:
+        """Largest first: the memory of a graph is then enough for the smaller ones."""
+        return [(phase, size) for phase in (self._prefill, self._decode) for size in reversed(phase.buckets)]
+
+    def _current_device(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._memory is None else torch.cuda.device(self.pool.device)
+
+    @torch.no_grad()
+    def _warm_up(self, phase: _Phase, size: _Size) -> None:
+        phase.fill_with_padding()
+        inputs = phase.static_inputs(size)
+        if self._memory is None:
+            phase.function(**inputs)
+            return
+        stream = torch.cuda.Stream()  # as capture requires
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                phase.function(**inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    @torch.no_grad()
+    def _capture(self, phase: _Phase, size: _Size) -> int:
+        """Capture one bucket; returns the device memory that it took."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what warm-up leaves is not the graph's
+        free, _ = torch.cuda.mem_get_info()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device: another runner's, or one that loads weights.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            outputs = phase.function(**phase.static_inputs(size))
+        torch.cuda.synchronize()
+        phase.replays[size] = _Replay(graph, outputs)
+        return free - torch.cuda.mem_get_info()[0]
+
+
+def _with_progress(label: str, work: list[tuple[_Phase, _Size]], enabled: bool) -> Iterator[tuple[_Phase, _Size]]:
+    if not enabled:
+        yield from work
+        return
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:  # no dependency of this package
+        for done, (phase, size) in enumerate(work, 1):
+            print(f"{label} {done}/{len(work)}: {phase.name} {size.bucket}", file=sys.stderr)
+            yield phase, size
+        return
+    with tqdm(work, desc=label, unit="bucket") as bar:
+        for phase, size in bar:
+            bar.set_postfix_str(f"{phase.name} {size.bucket}")
+            yield phase, size

@@ -1,0 +1,546 @@
+"""Serving: a pool of slots, a runner of padded buckets, and an engine on both that never mixes up two sequences."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from engine import Engine, Request, make_runner
+from kda_lm import Config, KdaLM
+from torch import Tensor, nn
+
+from flashkda_ops import chunk_kda_paged, recurrent_kda_paged, validation
+from flashkda_ops.serving import GraphRunner, PoolExhausted, StatePool
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+MODELS = [  # device, head dimension, dtype: on the portable path, and by the kernels
+    ("cpu", 16, torch.float32),
+    pytest.param("cuda", 16, torch.float32, marks=pytest.mark.gpu),
+    pytest.param("cuda", 128, torch.bfloat16, marks=pytest.mark.gpu),
+]
+DRAFTS = 3
+
+
+class TableModel(nn.Module):
+    """Attention alone: a token's inputs are rows of tables, so no matrix product rounds by the size of its batch."""
+
+    state_pool: Tensor
+
+    def __init__(self, device: str = "cpu", K: int = 16, dtype: torch.dtype = torch.float32, slots: int = 12) -> None:
+        super().__init__()
+        generator, H, vocabulary = torch.Generator().manual_seed(0), 2, 64
+        shapes = [(H, K)] * 4 + [(H,)]  # q, k, v, g, beta
+        tables = [torch.randn(vocabulary, *shape, generator=generator).to(device, dtype) for shape in shapes]
+        self.tables = nn.ParameterList(nn.Parameter(table, requires_grad=False) for table in tables)
+        self.register_buffer("state_pool", torch.randn(slots, H, K, K, generator=generator).to(device))
+        self.options: dict[str, Any] = {
+            "use_gate_in_kernel": True,
+            "use_qk_l2norm_in_kernel": True,
+            "use_beta_sigmoid_in_kernel": True,
+            "lower_bound": -5.0,
+            "state_v_first": True,
+        }
+
+    def decode(self, tokens: Tensor, state_indices: Tensor, num_accepted_tokens: Tensor | None = None) -> Tensor:
+        inputs = [table[tokens.view(len(tokens), -1)] for table in self.tables]
+        o = recurrent_kda_paged(
+            *inputs, self.state_pool, state_indices, num_accepted_tokens=num_accepted_tokens, **self.options
+        )
+        return o.view(*tokens.shape, *o.shape[2:])
+
+    def prefill(
+        self, tokens: Tensor, cu_seqlens: Tensor, state_indices: Tensor, has_initial_state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The output of each sequence's last token, and its length."""
+        o = chunk_kda_paged(
+            *[table[tokens] for table in self.tables], self.state_pool, state_indices, cu_seqlens=cu_seqlens,
+            has_initial_state=has_initial_state, batch_invariant=True, **self.options,
+        )  # fmt: skip
+        return o[0, cu_seqlens[1:] - 1], cu_seqlens.diff()
+
+    def runner(self, capture: bool = True, **options: Any) -> GraphRunner:
+        options = {"batch_buckets": (1, 4, 8), "token_buckets": (8, 32), "prefill_sequences": 3, **options}
+        runner = GraphRunner(self.decode, self.prefill, StatePool({"recurrent": self.state_pool}), **options)
+        if capture:
+            runner.capture()
+        return runner
+
+
+def assert_same(actual: Tensor, expected: Tensor, K: int) -> None:
+    """The same bits, but on the portable path of a GPU: cuBLAS takes another kernel for another number of products."""
+    if actual.is_cuda and K < 128:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(actual, expected)
+
+
+SPECULATIVE = {
+    "tokens": torch.zeros(DRAFTS + 1, dtype=torch.int64),
+    "state_indices": torch.full((DRAFTS + 1,), -1, dtype=torch.int32),
+    "num_accepted_tokens": torch.tensor(1, dtype=torch.int32),
+}
+
+
+def int32(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def decode_inputs(n: int, slots: list[int], seed: int) -> dict[str, Tensor]:
+    tokens = torch.randint(64, (n,), generator=torch.Generator().manual_seed(seed))
+    return {"tokens": tokens, "state_indices": int32(*slots[:n])}
+
+
+def prompt(*lengths: int, slots: list[int], fresh: bool = True) -> dict[str, Tensor]:
+    return {
+        "tokens": torch.arange(sum(lengths)).unsqueeze(0) % 64,
+        "cu_seqlens": int32(0, *torch.tensor(lengths).cumsum(0).tolist()),
+        "state_indices": int32(*slots),
+        "has_initial_state": torch.full((len(lengths),), not fresh),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine: many requests, few slots
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def language_model(device: str, slots: int = 8) -> KdaLM:
+    """In fp64, where another batch's rounding is too small to choose another token."""
+    torch.manual_seed(0)
+    config = Config(hidden_size=16, num_layers=1, num_heads=2, head_dim=4, sequences=slots, dtype=torch.float64)
+    return KdaLM(config).double().requires_grad_(False).to(device)
+
+
+def make_engine(model: KdaLM, prefill_tokens: int = 24) -> Engine:
+    """With slots poisoned as they are freed, and slots checked at every call."""
+    runner = make_runner(model, batch_buckets=(1, 4, 8), token_buckets=(8, 24), prefill_sequences=4, validate=True)
+    runner.capture()
+    return Engine(runner, prefill_tokens=prefill_tokens, prefill_sequences=4)
+
+
+def finish(engine: Engine) -> None:
+    while engine.busy:
+        engine.step()
+
+
+def alone(engine: Engine, prompt: list[int], max_tokens: int) -> list[int]:
+    request = Request(prompt, max_tokens)
+    engine.submit(request)
+    finish(engine)
+    return request.tokens
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_thousand_requests_get_the_tokens_that_each_gets_alone(device: str) -> None:
+    rng, longest = random.Random(0), 8
+    model = language_model(device)
+    engine = make_engine(model)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 40))] for _ in range(60)]
+    expected = [alone(engine, p, longest) for p in prompts]
+    assert len({tuple(tokens) for tokens in expected}) > 30
+
+    engine = make_engine(model)
+    which = [rng.randrange(len(prompts)) for _ in range(1000)]
+    requests = [Request(prompts[i], rng.randint(1, longest)) for i in which]
+    arrivals, users = iter(requests), dict.fromkeys(range(engine.pool.slots), 0)
+    ended = 0
+    while ended < 1000:
+        for _ in range(rng.choice((0, 0, 1, 3, 8))):
+            if (request := next(arrivals, None)) is not None:
+                engine.submit(request)
+        for request in [*engine.running, *engine.waiting]:
+            if rng.random() < 0.01:
+                request.cancelled = True
+        before = {request.slot for request in engine.running if not request.cancelled}
+        events = engine.step()
+        for request in engine.running:
+            users[request.slot] += request.slot not in before
+        assert all(not event.request.cancelled for event in events)
+        ended = sum(r.cancelled or len(r.tokens) == r.max_tokens for r in requests)
+    engine.step()  # those that were cancelled last leave
+
+    for i, request in zip(which, requests, strict=True):
+        assert request.tokens == expected[i][: len(request.tokens)]
+        assert request.cancelled or len(request.tokens) == request.max_tokens
+    assert 50 < sum(request.cancelled for request in requests) < 500
+    assert min(users.values()) > 20
+    assert engine.pool.available == engine.pool.slots
+    assert all(state.isnan().all() for state in engine.pool.states.values())  # the last of them left nothing
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_prompt_read_in_parts_gives_the_tokens_of_one_read_at_once(device: str) -> None:
+    model, text = language_model(device), [*range(40, 130)]
+    whole, in_parts = make_engine(model, prefill_tokens=100), make_engine(model, prefill_tokens=7)
+    assert alone(whole, text, 6) == alone(in_parts, text, 6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_shared_prefix_is_read_once_and_copied(device: str) -> None:
+    model = language_model(device)
+    engine = make_engine(model)
+    prefix, rest = [*range(30)], [[1, 2, 3], [4], [5, 6]]
+    expected = [alone(engine, prefix + r, 5) for r in rest]
+    (cached,) = engine.pool.allocate()
+    temperature = torch.zeros(1)
+    engine.runner.prefill(**prompt(30, slots=[cached]), temperature=temperature)
+    for r, tokens in zip(rest, expected, strict=True):
+        request = Request(prefix + r, 5)
+        (request.slot,) = engine.pool.allocate()
+        engine.pool.copy(cached, request.slot)
+        request.prefilled = len(prefix)
+        engine.running.append(request)
+        finish(engine)
+        assert request.tokens == tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runner
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "K", "dtype"), MODELS)
+def test_every_batch_size_and_any_slots_give_the_bits_of_a_call_without_buckets(
+    device: str, K: int, dtype: torch.dtype
+) -> None:
+    bucketed, plain = (TableModel(device, K, dtype) for _ in range(2))
+    runner, eager = bucketed.runner(), plain.runner(batch_buckets=(), token_buckets=())
+    rng = random.Random(0)
+    for round in range(2):
+        for n in range(1, 10):  # 9 is above the largest bucket
+            slots = rng.sample(range(12), 12)
+            inputs = decode_inputs(n, slots, seed=10 * round + n)
+            assert_same(runner.decode(**inputs), eager.decode(**inputs), K)
+            assert_same(bucketed.state_pool, plain.state_pool, K)
+            lengths = [rng.randrange(n + 1) for _ in range(n % 4)]
+            if sum(lengths):
+                inputs = prompt(*lengths, slots=slots[: len(lengths)], fresh=round == 0)
+                used = torch.tensor(lengths, device=device) > 0
+                for actual, expected in zip(runner.prefill(**inputs), eager.prefill(**inputs), strict=True):
+                    assert_same(actual[used], expected[used], K)
+                assert_same(bucketed.state_pool, plain.state_pool, K)
+
+
+@pytest.mark.parametrize(("device", "K", "dtype"), MODELS)
+def test_inputs_may_be_on_the_host_or_on_the_device(device: str, K: int, dtype: torch.dtype) -> None:
+    host, there = (TableModel(device, K, dtype) for _ in range(2))
+    on_host, on_device = host.runner(), there.runner()
+    for n in (3, 8, 9):
+        inputs = decode_inputs(n, [*range(12)], seed=n)
+        moved = {name: x.to(device) for name, x in inputs.items()}
+        assert torch.equal(on_host.decode(**inputs), on_device.decode(**moved))
+    inputs = prompt(4, 9, slots=[2, 7])
+    moved = {name: x.to(device) for name, x in inputs.items()}
+    for a, b in zip(on_host.prefill(**inputs), on_device.prefill(**moved), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(host.state_pool, there.state_pool)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_calls_above_the_largest_bucket_run_as_they_are(device: str) -> None:
+    model = TableModel(device)
+    sizes: list[tuple[int, ...]] = []
+
+    def decode(tokens: Tensor, state_indices: Tensor) -> Tensor:
+        sizes.append(tuple(tokens.shape))
+        return model.decode(tokens, state_indices)
+
+    def prefill(**inputs: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append((inputs["tokens"].shape[1], len(inputs["state_indices"])))
+        return model.prefill(**inputs)
+
+    pool = StatePool({"recurrent": model.state_pool})
+    runner = GraphRunner(decode, prefill, pool, batch_buckets=(2, 4), token_buckets=(8, 16), prefill_sequences=2)
+    for n, expected in ((0, 2), (1, 2), (2, 2), (3, 4), (4, 4), (5, 5)):
+        assert len(runner.decode(**decode_inputs(n, [*range(12)], seed=0))) == n
+        assert sizes.pop() == (expected,)
+    for lengths, size in (((3,), (8, 2)), ((4, 4), (8, 2)), ((9,), (16, 2)), ((17,), (17, 1)), ((1, 1, 1), (3, 3))):
+        last, counted = runner.prefill(**prompt(*lengths, slots=[*range(len(lengths))]))
+        assert len(last) == len(lengths) and counted.tolist() == [*lengths]
+        assert sizes.pop() == size
+
+
+@pytest.mark.parametrize(("device", "K", "dtype"), MODELS)
+def test_warm_up_and_capture_leave_every_state_as_it_is(device: str, K: int, dtype: torch.dtype) -> None:
+    model = TableModel(device, K, dtype)
+    before = model.state_pool.clone()
+    report = model.runner(capture=False).capture()
+    assert torch.equal(model.state_pool, before)
+    on_gpu = device == "cuda"
+    expected = [("prefill", 32), ("prefill", 8), ("decode", 8), ("decode", 4), ("decode", 1)]
+    assert [(graph.phase, graph.size) for graph in report.graphs] == (expected if on_gpu else [])
+    assert report.bytes == sum(graph.bytes for graph in report.graphs) and (report.bytes > 0) == on_gpu
+    assert report.seconds > 0 and str(report).startswith("5 graphs" if on_gpu else "0 graphs")
+
+
+def test_progress_is_a_bar_with_tqdm_and_lines_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = TableModel().runner(capture=False)
+    runner.capture()
+    assert capsys.readouterr().err == ""
+    runner.capture(progress=True)
+    assert "5/5" in capsys.readouterr().err
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    runner.warm_up(progress=True)
+    assert capsys.readouterr().err.splitlines()[::4] == ["warm up 1/5: prefill 32", "warm up 5/5: decode 1"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_outputs_stay_what_they_are_after_further_calls(device: str) -> None:
+    runner = TableModel(device).runner()
+    kept = [runner.decode(**decode_inputs(n, [*range(12)], seed=n)) for n in (3, 4, 1)]
+    kept += runner.prefill(**prompt(5, 2, slots=[0, 1]))
+    copies = [x.clone() for x in kept]
+    for n in (8, 3, 1):
+        runner.decode(**decode_inputs(n, [*range(12)], seed=10 + n))
+        runner.prefill(**prompt(n, slots=[n]))
+    assert all(torch.equal(x, copy) for x, copy in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize(("device", "K", "dtype"), MODELS)
+@pytest.mark.parametrize("captured", [False, True])
+def test_accepting_any_number_of_drafts_gives_the_state_of_plain_decoding(
+    captured: bool, device: str, K: int, dtype: torch.dtype
+) -> None:
+    """Round by round each of three sequences drafts three tokens, of which 0 to 3 are accepted."""
+    N, width, rng = 3, DRAFTS + 1, random.Random(0)
+    plain, speculative = TableModel(device, K, dtype, slots=N), TableModel(device, K, dtype, slots=N * width + 1)
+    one_by_one = plain.runner()
+    runner = speculative.runner(capture=captured, decode_padding=SPECULATIVE, validate=True)
+    slots = [runner.pool.allocate(width) for _ in range(N)]
+    for n in range(N):
+        speculative.state_pool[slots[n][0]] = plain.state_pool[n]
+    accepted = [1] * N  # the token before the drafts is none
+    for round in range(8):
+        tokens = torch.randint(64, (N, width), generator=torch.Generator().manual_seed(round))
+        o = runner.decode(tokens=tokens, state_indices=int32(*slots), num_accepted_tokens=int32(*accepted))
+        accepted = [1 + (round + n) % width if round < width else rng.randint(1, width) for n in range(N)]
+        for t in range(width):
+            still = [n for n in range(N) if t < accepted[n]]
+            if still:
+                expected = one_by_one.decode(tokens=tokens[still, t], state_indices=int32(*still))
+                assert_same(o[still, t], expected, K)
+        for n in range(N):
+            assert_same(speculative.state_pool[slots[n][accepted[n] - 1]], plain.state_pool[n], K)
+
+
+def test_the_convolution_of_the_example_decodes_speculatively_too() -> None:
+    plain = language_model("cpu", slots=2)
+    speculative = language_model("cpu", slots=2 * 3)
+    slots, text = torch.arange(6).view(2, 3), torch.tensor([[7, 8, 9], [10, 11, 12]])
+    cold = torch.tensor(0.0)
+    for model, rows in ((plain, [0, 1]), (speculative, [0, 3])):
+        model.prefill(text.view(1, -1), int32(0, 3, 6), int32(*rows), cold)
+    accepted = int32(1, 1)
+    for round in range(4):
+        tokens = torch.randint(256, (2, 3), generator=torch.Generator().manual_seed(round))
+        guesses = speculative.decode(tokens, slots, cold, accepted)
+        accepted = int32(1 + round % 3, 3 - round % 3)
+        for t in range(3):
+            still = [n for n in range(2) if t < accepted[n]]
+            if still:
+                assert torch.equal(plain.decode(tokens[still, t], int32(*still), cold), guesses[still, t])
+        at = slots.gather(1, accepted.long().unsqueeze(1) - 1).squeeze(1)
+        for a, b in zip(plain.states().values(), speculative.states().values(), strict=True):
+            torch.testing.assert_close(a, b[at], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_runners_do_not_disturb_each_other(device: str) -> None:
+    """Interleaved, on two streams where there are streams."""
+
+    def calls(runner: GraphRunner, seed: int) -> list[Any]:
+        steps: list[Any] = []
+        for i in range(12):
+            inputs = decode_inputs(1 + (seed + i) % 8, [(seed + i + j) % 12 for j in range(12)], seed=seed + i)
+            steps.append(lambda inputs=inputs: runner.decode(**inputs))
+            packed = prompt(1 + i, 3, slots=[i % 12, (i + 5) % 12])
+            steps.append(lambda packed=packed: runner.prefill(**packed)[0])
+        return steps
+
+    expected, states = [], []
+    for seed in (0, 100):
+        model = TableModel(device)
+        expected.append([step() for step in calls(model.runner(), seed)])
+        states.append(model.state_pool)
+    models = [TableModel(device) for _ in range(2)]
+    both = [calls(model.runner(), seed) for model, seed in zip(models, (0, 100), strict=True)]
+    if device == "cpu":
+        results = [[first(), second()] for first, second in zip(*both, strict=True)]
+    else:
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        results = []
+        for pair in zip(*both, strict=True):
+            results.append([])
+            for stream, step in zip(streams, pair, strict=True):
+                with torch.cuda.stream(stream):
+                    results[-1].append(step())
+        torch.cuda.synchronize()
+    for i in range(2):
+        assert all(torch.equal(pair[i], e) for pair, e in zip(results, expected[i], strict=True))
+        assert torch.equal(models[i].state_pool, states[i])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_slots_outside_the_pool_are_padding_to_the_runner_too(device: str) -> None:
+    model = TableModel(device)
+    before = model.state_pool.clone()
+    inputs = decode_inputs(3, [5, 99, -1], seed=0)
+    o = model.runner().decode(**inputs)
+    assert o[0].any() and not o[1:].any()
+    changed = (model.state_pool != before).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("through", ["validate=True", "FLASHKDA_CHECK=1"])
+def test_checked_mode_names_bad_slots_before_anything_runs(
+    through: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = TableModel(device)
+    if through == "FLASHKDA_CHECK=1":
+        monkeypatch.setattr(validation, "CHECK_VALUES", True)
+    runner = model.runner(validate=through == "validate=True")
+    held = runner.pool.allocate(3)
+    assert held == [0, 1, 2]
+    before = model.state_pool.clone()
+    for slots, message in (
+        ([0, 1, 0], "each slot once, got 0 2 times"),
+        ([0, 7, 1], "got 7, which is free"),
+        ([0, 12, 1], "got 12, which is not one of the 12 slots"),
+        ([0, -2, 1], "got -2, which is not one of the 12 slots"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.decode(**decode_inputs(3, slots, seed=0))
+        with pytest.raises(ValueError, match=message):
+            runner.prefill(**prompt(1, 2, 3, slots=slots))
+    with pytest.raises(ValueError, match="cu_seqlens must never decrease"):
+        runner.prefill(**{**prompt(3, slots=[0]), "cu_seqlens": int32(0, -3)})
+    assert torch.equal(model.state_pool, before)
+    runner.decode(**decode_inputs(3, [0, -1, 2], seed=0))
+    assert not torch.equal(model.state_pool, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": None}, "decode takes the inputs tokens, state_indices, got state_indices"),
+        ({"temperature": torch.zeros(3)}, "decode takes the inputs tokens, state_indices, got"),
+        ({"tokens": torch.zeros(3, 1, dtype=torch.int64)}, r"tokens must have shape \[sequences\], got \[3, 1\]"),
+        ({"tokens": torch.zeros(4, dtype=torch.int64)}, "tokens must have 3 entries for 3 state_indices, got 4"),
+        ({"tokens": torch.zeros(3, dtype=torch.int32)}, "tokens must be int64, got int32"),
+        ({"state_indices": torch.zeros(3)}, "state_indices must be int32, got float32"),
+    ],
+)
+def test_inputs_of_decode_that_do_not_fit_are_named(change: dict[str, Tensor | None], message: str) -> None:
+    inputs = {**decode_inputs(3, [0, 1, 2], seed=0), **change}
+    with pytest.raises(ValueError, match=message):
+        TableModel().runner(capture=False).decode(**{name: x for name, x in inputs.items() if x is not None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(7, dtype=torch.int64)}, r"tokens must have shape \[1, tokens\], got \[7\]"),
+        ({"cu_seqlens": int32(0, 7)}, "cu_seqlens must have 3 entries for 2 state_indices, got 2"),
+        ({"has_initial_state": torch.tensor([True])}, "has_initial_state must have 2 entries for 2 state_indices"),
+    ],
+)
+def test_inputs_of_prefill_that_do_not_fit_are_named(change: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TableModel().runner(capture=False).prefill(**{**prompt(3, 4, slots=[0, 1]), **change})
+
+
+def test_functions_must_return_a_row_a_sequence() -> None:
+    model = TableModel()
+    pool = StatePool({"recurrent": model.state_pool})
+    runner = GraphRunner(lambda **inputs: inputs["tokens"].sum(), model.prefill, pool, batch_buckets=(4,))
+    with pytest.raises(ValueError, match=r"decode must return a row a sequence, 4 of them, got shape \[\]"):
+        runner.decode(**decode_inputs(2, [0, 1], seed=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_buckets": (4, 2)}, r"batch_buckets must be positive and ascending, got \[4, 2\]"),
+        ({"token_buckets": (0, 8)}, r"token_buckets must be positive and ascending, got \[0, 8\]"),
+        ({"prefill_sequences": 0}, "prefill_sequences must be positive, got 0"),
+    ],
+)
+def test_buckets_that_make_no_sense_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TableModel().runner(**options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pool
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_pool(slots: int = 4, **options: Any) -> StatePool:
+    states = {"recurrent": torch.ones(slots, 2, 3), "convolution": torch.ones(slots, 5, dtype=torch.bfloat16)}
+    return StatePool({**states, "position": torch.ones(slots, dtype=torch.int64)}, **options)
+
+
+def test_a_full_pool_says_so_and_takes_no_slot() -> None:
+    pool = make_pool()
+    taken = pool.allocate(3)
+    assert sorted(taken) == [0, 1, 2] and pool.available == 1
+    with pytest.raises(PoolExhausted, match="2 slots requested, 1 of 4 are free") as raised:
+        pool.allocate(2)
+    assert (raised.value.requested, raised.value.available, pool.available) == (2, 1, 1)
+    pool.free(taken[:1])
+    assert sorted(pool.allocate(2)) == [0, 3]
+    assert pool.allocate(0) == []
+    with pytest.raises(ValueError, match="count must not be negative, got -1"):
+        pool.allocate(-1)
+
+
+def test_slots_that_are_not_held_cannot_be_freed_or_copied() -> None:
+    pool = make_pool()
+    first, second = pool.allocate(2)
+    for bad, message in ((3, "got 3, which is free"), (4, "got 4, which is not one of the 4"), (-1, "got -1")):
+        with pytest.raises(ValueError, match=message):
+            pool.free([first, bad])
+        with pytest.raises(ValueError, match=message):
+            pool.copy(first, bad)
+        with pytest.raises(ValueError, match=message):
+            pool.copy(bad, first)
+    with pytest.raises(ValueError, match=f"slots must be distinct, got {second} 2 times"):
+        pool.free([first, second, second])
+    assert pool.available == 2
+
+
+def test_a_copy_is_of_every_state_and_of_no_other_slot() -> None:
+    pool = make_pool()
+    a, b, c, d = pool.allocate(4)
+    for state in pool.states.values():
+        state[a], state[d] = 7, 9
+    pool.copy(a, b, c)
+    for state in pool.states.values():
+        assert all((state[slot] == 7).all() for slot in (a, b, c)) and (state[d] == 9).all()
+
+
+def test_freed_slots_are_poisoned_in_checked_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for checked in (False, True):
+        monkeypatch.setattr(validation, "CHECK_VALUES", checked)
+        pool = make_pool()
+        held, freed = pool.allocate(2)
+        pool.free([freed])
+        assert pool.states["recurrent"][freed].isnan().all() == checked
+        assert pool.states["convolution"][freed].isnan().all() == checked
+        assert (pool.states["position"][freed] == 0) == checked
+        assert all((state[held] == 1).all() for state in pool.states.values())
+
+
+def test_states_must_agree_on_their_slots() -> None:
+    with pytest.raises(ValueError, match="states must name at least one tensor"):
+        StatePool({})
+    with pytest.raises(ValueError, match=r"one device, got b \[4, 2\] on cpu beside a \[3, 2\] on cpu"):
+        StatePool({"a": torch.zeros(3, 2), "b": torch.zeros(4, 2)})
+    with pytest.raises(ValueError, match=r"one device, got b \[3\] on meta beside a \[3, 2\] on cpu"):
+        StatePool({"a": torch.zeros(3, 2), "b": torch.zeros(3, device="meta")})
