@@ -84,6 +84,13 @@ def test_the_paged_ops_are_sound(options: dict[str, Any]) -> None:
     check(torch.ops.flashkda.recurrent_kda_paged, call)
 
 
+@pytest.mark.parametrize("options", [{"state_v_first": True}, {"B": 1, "cu_seqlens": [0, 2, 2, 5]}], ids=str)
+def test_prefill_with_checkpoints_is_a_sound_op(options: dict[str, Any]) -> None:
+    offsets, indices = torch.tensor([[1, 3], [2, 2], [4, 9]]), torch.tensor([[0, 1], [3, 9], [-1, 4]])
+    checkpoints = {"checkpoint_offsets": offsets, "checkpoint_indices": indices}
+    check(torch.ops.flashkda.chunk_kda_paged, paged_call(options) | checkpoints)
+
+
 def test_speculative_decoding_is_a_sound_op() -> None:
     slots = {"state_indices": torch.tensor([[5, 6], [-1, 0], [2, 3]]), "num_accepted_tokens": torch.tensor([2, 1, 9])}
     check(torch.ops.flashkda.recurrent_kda_paged, paged_call({}, T=2) | slots)

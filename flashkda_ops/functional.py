@@ -242,6 +242,8 @@ def chunk_kda_paged(
     state_v_first: bool = False,
     batch_invariant: bool = False,
     validate: bool = False,
+    checkpoint_offsets: Tensor | None = None,
+    checkpoint_indices: Tensor | None = None,
 ) -> Tensor:
     """Prefill for serving: :func:`chunk_kda` on states that live in the rows of a pool, updated in place.
 
@@ -252,6 +254,11 @@ def chunk_kda_paged(
             row is read or written, and the outputs are zero. Slots in range are distinct.
         has_initial_state: ``[N]`` bool; a sequence that has none starts from zero, whatever its row holds. All have by
             default. An empty sequence leaves its row as it is.
+        checkpoint_offsets, checkpoint_indices: ``[N, checkpoints]``, int32 or int64: the state after
+            ``checkpoint_offsets[n, c]`` tokens of sequence ``n`` also goes to row ``checkpoint_indices[n, c]``, for a
+            prefix cache. Offsets are in any order; one outside ``[1, length]``, a slot outside ``[0, rows)`` and any of
+            a padding sequence write nothing. Slots in range are distinct, from ``state_indices`` too. Such a call runs
+            on the portable path.
         The others: see :func:`chunk_kda`; without ``use_gate_in_kernel``, ``A_log``, ``dt_bias`` and ``lower_bound``
         must be None. ``validate`` also checks ``state_indices``.
 
@@ -264,7 +271,7 @@ def chunk_kda_paged(
     return torch.ops.flashkda.chunk_kda_paged.default(
         q, k, v, g, beta, state_pool, state_indices, A_log, dt_bias, cu_seqlens, has_initial_state, scale,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
-        state_v_first, batch_invariant, validate,
+        state_v_first, batch_invariant, validate, checkpoint_offsets, checkpoint_indices,
     )  # fmt: skip
 
 

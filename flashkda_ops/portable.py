@@ -28,7 +28,7 @@ from flashkda_ops.paged import on_rows, read_rows, safe_cu_seqlens, token_owner,
 from flashkda_ops.reference import l2norm
 from flashkda_ops.validation import state_dtype
 
-__all__ = ["Gradients", "chunk_kda", "chunk_kda_backward", "recurrent_kda_paged"]
+__all__ = ["Gradients", "chunk_kda", "chunk_kda_at_offsets", "chunk_kda_backward", "recurrent_kda_paged"]
 
 CHUNK = 32
 
@@ -515,6 +515,52 @@ def chunk_kda(
         entering = None if entering is None else entering.zero_()
     states = None if entering is None else _checkpoints(layout, entering, checkpoint_interval // chunk, state_v_first)
     return o.to(v.dtype), (final.mT if state_v_first else final).contiguous(), states
+
+
+def chunk_kda_at_offsets(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    offsets: Tensor,
+    options: KdaOptions,
+    *,
+    state_v_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`chunk_kda`, and the states after ``offsets [N, C]`` tokens of each sequence, ``[N, C, HV, ...]``.
+
+    Offsets are in any order; those outside of the sequence are as its start or end. A sequence is cut into pieces where
+    a state is asked for: no chunk spans two of them, and the state goes on from one to the next.
+    """
+    (B, T), N = q.shape[:2], offsets.shape[0]
+    if cu_seqlens is None:
+        cu = torch.arange(0, B * T + 1, T, device=q.device)
+        q, k, v, g, beta = (x.reshape(1, B * T, *x.shape[2:]) for x in (q, k, v, g, beta))
+    else:
+        cu = safe_cu_seqlens(cu_seqlens, T)
+    starts, lengths = cu[:-1, None], cu.diff().unsqueeze(1)
+    cuts, order = (starts + torch.minimum(offsets.long().clamp(min=0), lengths)).sort(1)
+    bounds = torch.cat((starts, cuts, starts + lengths), 1)  # of the pieces of each sequence, [N, C + 2]
+    layout = _PackedLayout(torch.cat((cu[:1], bounds[:, 1:].flatten())), q.shape[1], CHUNK)
+    # A chunk loads its piece's row where a sequence begins, and there alone. So every piece that may be the first one
+    # with tokens has the sequence's initial state in its row.
+    begins_sequence = (bounds[:, :-1] == starts).flatten()
+    layout.first &= begins_sequence[layout.seq.clamp(max=begins_sequence.shape[0] - 1)]
+    x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
+    initial = (initial_state.mT if state_v_first else initial_state).contiguous()
+    o, after = _forward(layout, x, initial.repeat_interleave(bounds.shape[1] - 1, 0), options)
+    # An empty piece leaves what the last one with tokens left, or the initial state, which its own row still holds.
+    piece = torch.arange(after.shape[0], device=q.device).view(N, -1)
+    latest = torch.where(bounds.diff() > 0, piece, -1).cummax(1).values
+    after = after.index_select(0, torch.where(latest >= 0, latest, piece).flatten()).unflatten(0, (N, -1))
+    after = (after.mT if state_v_first else after).contiguous()
+    states = torch.empty_like(after[:, :-1]).scatter_(1, order[..., None, None, None].expand_as(after[:, :-1]), after)
+    return o.to(v.dtype).view(B, T, *o.shape[2:]), after[:, -1].contiguous(), states
 
 
 def chunk_kda_backward(

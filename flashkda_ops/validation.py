@@ -222,6 +222,22 @@ def validate_has_initial_state(has_initial_state: Tensor | None, q: Tensor, s: S
     require_device("has_initial_state", has_initial_state, q)
 
 
+def validate_checkpoints(offsets: Tensor | None, indices: Tensor | None, q: Tensor, s: Sizes) -> None:
+    """Where intermediate states are asked for, and the rows of the pool they go to."""
+    if offsets is None or indices is None:
+        if indices is not None:
+            raise ValueError("checkpoint_offsets must be given with checkpoint_indices")
+        if offsets is not None:
+            raise ValueError("checkpoint_indices must be given with checkpoint_offsets")
+        return
+    width = indices.shape[1] if indices.dim() == 2 else 1
+    for name, x in (("checkpoint_indices", indices), ("checkpoint_offsets", offsets)):
+        require_shape(name, x, "N, checkpoints", s.N, width)
+        require_dtype(name, x, _INDEX_DTYPES)
+        require_device(name, x, q)
+    require(width > 0, lambda: "checkpoint_indices must have at least one checkpoint a sequence, got 0")
+
+
 def validate_slots_per_token(state_indices: Tensor, cu_seqlens: Tensor | None, s: Sizes) -> None:
     """Each token of a dense call has a slot for its state; packed calls are checked with their values."""
     if state_indices.dim() == 2 and cu_seqlens is None:
@@ -256,12 +272,19 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, T: int) -> None:
 
 
 def check_slots(
-    state_indices: Tensor, rows: int, cu_seqlens: Tensor | None, num_accepted_tokens: Tensor | None
+    state_indices: Tensor,
+    rows: int,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    checkpoint_indices: Tensor | None = None,
 ) -> None:
     """No slot is written twice, no sequence is longer than its slots, accepted counts are within them."""
-    for slot, times in Counter(state_indices.flatten().tolist()).items():
+    slots, names = state_indices.flatten().tolist(), "state_indices"
+    if checkpoint_indices is not None:
+        slots, names = slots + checkpoint_indices.flatten().tolist(), "state_indices and checkpoint_indices"
+    for slot, times in Counter(slots).items():
         if times > 1 and 0 <= slot < rows:
-            raise ValueError(f"state_indices must name each row of state_pool once, got {slot} {times} times")
+            raise ValueError(f"{names} must name each row of state_pool once, got {slot} {times} times")
     if state_indices.dim() == 2:
         width = state_indices.shape[1]
         if cu_seqlens is not None:

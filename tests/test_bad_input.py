@@ -162,10 +162,18 @@ POOL_ERRORS: list[tuple[str, Change]] = [
     ("state_indices", cast("state_indices", torch.int16)),
     ("state_indices", cast("state_indices", torch.float32)),
 ]
+CHECKPOINTS = torch.tensor([[3, 4], [6, -1], [-1, -1]])
 PREFILL_ERRORS: list[tuple[str, Change]] = [
     ("state_indices", reshaped("state_indices", N, 2)),
     ("has_initial_state", options(has_initial_state=torch.ones(N))),
     ("has_initial_state", options(has_initial_state=torch.ones(N + 1, dtype=torch.bool))),
+    ("checkpoint_offsets", options(checkpoint_indices=CHECKPOINTS)),
+    ("checkpoint_indices", options(checkpoint_offsets=CHECKPOINTS)),
+    ("checkpoint_offsets", options(checkpoint_offsets=CHECKPOINTS[:, :1], checkpoint_indices=CHECKPOINTS)),
+    ("checkpoint_offsets", options(checkpoint_offsets=CHECKPOINTS.float(), checkpoint_indices=CHECKPOINTS)),
+    ("checkpoint_indices", options(checkpoint_offsets=CHECKPOINTS, checkpoint_indices=CHECKPOINTS[0])),
+    ("checkpoint_indices", options(checkpoint_offsets=CHECKPOINTS, checkpoint_indices=CHECKPOINTS.short())),
+    ("checkpoint_indices", options(checkpoint_offsets=CHECKPOINTS[:, :0], checkpoint_indices=CHECKPOINTS[:, :0])),
 ]
 SLOTS_PER_TOKEN = torch.tensor([[5, 1], [0, 3], [2, 4]])
 DECODE_ERRORS: list[tuple[str, Change]] = [
@@ -258,6 +266,7 @@ def test_no_argument_may_be_on_another_device(name: str) -> None:
     good = CALLS[name]()
     if name == "chunk_kda_paged":
         good["has_initial_state"] = torch.ones(N, dtype=torch.bool)
+        good |= {"checkpoint_offsets": CHECKPOINTS, "checkpoint_indices": CHECKPOINTS}
     if name == "recurrent_kda_paged":
         good |= {
             "state_indices": torch.tensor([[5], [0], [2]]),
@@ -324,6 +333,11 @@ def test_unchecked_calls_read_no_values() -> None:
     ("name", "change", "text"),
     [
         ("chunk_kda_paged", {"state_indices": torch.tensor([1, 2, 1])}, "state_indices must name each row"),
+        (
+            "chunk_kda_paged",
+            {"checkpoint_indices": torch.tensor([[3], [4], [0]]), "checkpoint_offsets": torch.ones(N, 1).int()},
+            "state_indices and checkpoint_indices must name each row",
+        ),
         ("recurrent_kda_paged", {"state_indices": torch.tensor([1, 2, 1])}, "state_indices must name each row"),
         (
             "recurrent_kda_paged",

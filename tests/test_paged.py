@@ -181,6 +181,89 @@ def test_prefill_then_decode_is_one_prefill(state_v_first: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: states within a sequence, to rows of the pool
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = [[1, 37, 40, 7], [40, 2, 0, 1], [33, 32, 31, 90], [-1, 5, 41, 5]]
+
+
+def with_checkpoints(call: Call, offsets: list[list[int]], has: list[bool] | None = None) -> tuple[Call, Tensor]:
+    """The call on a pool of NaN but for the initial states, in the rows 0 to 3 of 30; where the checkpoints go."""
+    N, width = len(offsets), len(offsets[0])
+    pool = torch.full((30, *call["initial_state"].shape[1:]), torch.nan)
+    pool[:N] = call["initial_state"]
+    slots = torch.randperm(30 - N, generator=torch.Generator().manual_seed(0))[: N * width].view(N, width) + N
+    checkpoints = {"checkpoint_offsets": torch.tensor(offsets), "checkpoint_indices": slots}
+    if has is not None:
+        checkpoints["has_initial_state"] = torch.tensor(has)
+    return paged(call, pool, torch.arange(N), **checkpoints), slots
+
+
+def state_after(call: Call, n: int, tokens: int) -> Tensor:
+    """The state of sequence ``n`` of a call after some of its tokens."""
+    bounds = call.get("cu_seqlens")
+    row, start = (n, 0) if bounds is None else (0, int(bounds[n]))
+    single = {name: call[name][row : row + 1, start : start + tokens] for name in TOKENS}
+    return reference({**call, **single, "cu_seqlens": None, "initial_state": call["initial_state"][n : n + 1]})[1][0]
+
+
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("layout", [{"T": 40, "B": 4}, {"T": 90, "cu_seqlens": [0, 40, 42, 42, 83]}], ids=str)
+def test_states_at_the_offsets_asked_for_go_to_their_rows(layout: dict[str, Any], state_v_first: bool) -> None:
+    call = make_call(**layout, initial_state=True, state_v_first=state_v_first)
+    has = [True, False, True, True]
+    on_pool, slots = with_checkpoints(call, CHECKPOINTS, has)
+    lengths = [40] * 4 if "B" in layout else call["cu_seqlens"].diff().tolist()
+    call["initial_state"] = torch.where(torch.tensor(has)[:, None, None, None], call["initial_state"], 0.0)
+    o, pool = chunk_kda_paged(**on_pool), on_pool["state_pool"]
+    expected_o, expected_state = reference(call)
+    assert error(o, expected_o) < 2e-6 and o.is_contiguous()
+    written = 0
+    for n, length in enumerate(lengths):
+        if length:
+            assert error(pool[n], expected_state[n]) < 2e-6
+        for slot, offset in zip(slots[n].tolist(), CHECKPOINTS[n], strict=True):
+            if 1 <= offset <= length:
+                assert error(pool[slot], state_after(call, n, offset)) < 2e-6
+                written += 1
+            else:
+                assert pool[slot].isnan().all()
+    assert int(pool.flatten(1).isnan().all(1).sum()) == 26 - written
+
+
+def test_checkpoints_of_padding_and_outside_the_pool_are_not_written() -> None:
+    call = make_call(9, B=3, initial_state=True)
+    on_pool, slots = with_checkpoints(call, [[3, 6]] * 3)
+    on_pool["state_indices"] = torch.tensor([0, -1, 2])
+    slots[0, 1], slots[2, 0] = -1, 30
+    o, pool = chunk_kda_paged(**on_pool), on_pool["state_pool"]
+    assert not o[1].any()
+    for slot, n, offset in ((slots[0, 0], 0, 3), (slots[2, 1], 2, 6)):
+        assert error(pool[slot], state_after(call, n, offset)) < 2e-6
+    assert int(pool.flatten(1).isnan().all(1).sum()) == 30 - 3 - 2
+
+
+def test_a_sequence_goes_on_from_a_checkpoint_as_if_never_stopped() -> None:
+    call = make_call(50, B=2, initial_state=True)
+    on_pool, slots = with_checkpoints(call, [[16], [16]])
+    o, pool = chunk_kda_paged(**on_pool), on_pool["state_pool"]
+    resumed = chunk_kda_paged(**paged(rows(call, 16), pool, slots.flatten()))
+    assert error(resumed, o[:, 16:].double()) < 2e-6
+    assert error(pool[slots.flatten()], pool[:2].double()) < 2e-6
+
+
+@pytest.mark.parametrize("bounds", [[0, 30, 10, 40, 40], [-5, 20, 40, 10**9, 3], [10**12, -(10**12), 3, 3, 9]])
+def test_malformed_bounds_with_checkpoints_stay_in_bounds(bounds: list[int]) -> None:
+    call = make_call(40, cu_seqlens=bounds, initial_state=True)
+    on_pool, slots = with_checkpoints(call, [[10**9, -(10**9)], [1, 2], [3, 40], [0, 5]])
+    o, pool = chunk_kda_paged(**on_pool), on_pool["state_pool"]
+    assert torch.isfinite(o).all() and torch.isfinite(pool[:4]).all()
+    others = torch.ones(30, dtype=torch.bool)
+    others[:4] = others[slots] = False
+    assert pool[others].isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Speculative decoding: a slot for the state after each token
 # ---------------------------------------------------------------------------------------------------------------------
 

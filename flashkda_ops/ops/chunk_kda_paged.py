@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashkda_ops import portable
 from flashkda_ops.ops import chunk_kda
-from flashkda_ops.paged import on_rows
+from flashkda_ops.options import KdaOptions
+from flashkda_ops.paged import on_rows, safe_cu_seqlens, valid_slots, write_rows
 from flashkda_ops.validation import (
     Sizes,
     check_cu_seqlens,
     check_slots,
     checks_values,
     state_dtype,
+    validate_checkpoints,
     validate_has_initial_state,
     validate_pool,
     validate_tokens,
@@ -27,7 +30,8 @@ SCHEMA = (
     "Tensor? A_log=None, Tensor? dt_bias=None, Tensor? cu_seqlens=None, Tensor? has_initial_state=None, "
     "float? scale=None, bool use_qk_l2norm_in_kernel=False, bool use_gate_in_kernel=False, "
     "bool use_beta_sigmoid_in_kernel=False, bool allow_neg_eigval=False, float? lower_bound=None, "
-    "bool state_v_first=False, bool batch_invariant=False, bool validate=False) -> Tensor"
+    "bool state_v_first=False, bool batch_invariant=False, bool validate=False, "
+    "Tensor? checkpoint_offsets=None, Tensor? checkpoint_indices=None) -> Tensor"
 )
 
 
@@ -54,12 +58,15 @@ class Arguments(NamedTuple):
     state_v_first: bool = False
     batch_invariant: bool = False
     validate: bool = False
+    checkpoint_offsets: Tensor | None = None
+    checkpoint_indices: Tensor | None = None
 
 
 def _validate(a: Arguments) -> Sizes:
     sizes = validate_tokens(a)
     validate_pool(a.state_pool, a.state_indices, a.q, sizes, a.state_v_first, slots=1)
     validate_has_initial_state(a.has_initial_state, a.q, sizes)
+    validate_checkpoints(a.checkpoint_offsets, a.checkpoint_indices, a.q, sizes)
     return sizes
 
 
@@ -69,17 +76,35 @@ def op(*args: Any) -> Tensor:
     sizes = _validate(a)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
-        check_slots(a.state_indices, a.state_pool.shape[0], a.cu_seqlens, None)
+        check_slots(a.state_indices, a.state_pool.shape[0], a.cu_seqlens, None, a.checkpoint_indices)
     if sizes.T == 0 or sizes.N == 0 or a.state_pool.shape[0] == 0:
         return a.v.new_zeros(sizes.B, sizes.T, sizes.HV, sizes.V)
     unpaged = {name: value for name, value in a._asdict().items() if name in chunk_kda.Arguments._fields}
 
     def forward(initial_state: Tensor) -> tuple[Tensor, Tensor]:
+        if a.checkpoint_offsets is not None and a.checkpoint_indices is not None:
+            return _with_checkpoints(a, initial_state, a.checkpoint_offsets, a.checkpoint_indices)
         call = chunk_kda.Arguments(**unpaged, initial_state=initial_state, output_final_state=True)
         o, final_state, _ = chunk_kda.compute(call, sizes)
         return o, final_state
 
     return on_rows(forward, a.state_pool, a.state_indices, a.cu_seqlens, a.has_initial_state, sizes.T, state_dtype(a.q))
+
+
+def _with_checkpoints(a: Arguments, initial_state: Tensor, offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and final states; the states at ``offsets`` go into the rows ``indices``. On the portable path, always:
+    the kernels return no states from within a sequence."""
+    o, final, states = portable.chunk_kda_at_offsets(
+        *a[:5], a.A_log, a.dt_bias, initial_state, a.cu_seqlens, offsets, KdaOptions.of(a),
+        state_v_first=a.state_v_first,
+    )  # fmt: skip
+    T = a.q.shape[1]
+    length = T if a.cu_seqlens is None else safe_cu_seqlens(a.cu_seqlens, T).diff().unsqueeze(1)
+    inside = (offsets >= 1) & (offsets <= length) & valid_slots(a.state_indices, a.state_pool).unsqueeze(1)
+    slots = indices.long()
+    written = inside & valid_slots(slots, a.state_pool)
+    write_rows(a.state_pool, slots.flatten(), written.flatten(), states.flatten(0, 1))
+    return o, final
 
 
 @op.register_fake
