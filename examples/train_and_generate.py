@@ -18,7 +18,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -414,6 +414,8 @@ def main() -> None:
         model = KdaLM(plan.model)
     training = train(model, plan, compile, args.seed, device)
     plot(training, args.out)
+    saved = {"config": asdict(plan.model), "weights": model.state_dict()}
+    torch.save(saved, args.out.with_name("model.pt"))  # serve.py loads it
 
     sequences = plan.model.sequences
     length = plan.tokens_per_step // sequences
