@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -60,9 +61,12 @@ class _Size(NamedTuple):
     sequences: int
     tokens: int = 0
 
+    def fits(self, other: _Size) -> bool:
+        return self.sequences <= other.sequences and self.tokens <= other.tokens
+
     @property
-    def bucket(self) -> int:
-        """The number by which the caller knows the bucket of this size."""
+    def number(self) -> int:
+        """By which the caller knows the bucket of this size."""
         return self.tokens or self.sequences
 
 
@@ -75,20 +79,20 @@ class _Kind(Enum):
 
 
 class _Input:
-    """A static input: a buffer for the largest bucket. The inputs of the smaller ones are its beginnings."""
+    """What is known of an input before a call: what it has an entry of, and what a padding entry is."""
 
-    def __init__(self, kind: _Kind, padding: Tensor, largest: _Size, device: torch.device) -> None:
+    def __init__(self, kind: _Kind, padding: Tensor, device: torch.device) -> None:
         self.kind, self.padding, self.device_padding = kind, padding.cpu(), padding.to(device)
         self.dim = 1 if kind is _Kind.TOKEN else 0
         self.before = (1,) * self.dim
-        shape = (*self.before, self.length(largest), *padding.shape)
-        self.buffer = torch.empty(shape, dtype=padding.dtype, device=device).copy_(self.device_padding)
 
     def length(self, size: _Size) -> int:
         return {_Kind.SEQUENCE: size.sequences, _Kind.TOKEN: size.tokens, _Kind.BOUND: size.sequences + 1}[self.kind]
 
-    def view(self, size: _Size) -> Tensor:
-        return self.buffer.narrow(self.dim, 0, self.length(size))
+    def static(self, size: _Size) -> Tensor:
+        """A buffer for calls of that size. Not a view of another one, which compiled code would tell apart."""
+        shape = (*self.before, self.length(size), *self.padding.shape)
+        return self.device_padding.expand(shape).clone(memory_format=torch.contiguous_format)
 
     def entries(self, name: str, given: Tensor) -> int:
         """How many entries are given; everything else about them must be right."""
@@ -99,12 +103,11 @@ class _Input:
         validation.require_dtype(name, given, (self.padding.dtype,))
         return shape[self.dim]
 
-    def fill(self, given: Tensor, size: _Size) -> None:
+    def fill(self, static: Tensor, given: Tensor) -> None:
         """Write what is given and, behind it, the padding."""
-        view = target = self.view(size)
-        staged = view.is_cuda and not given.is_cuda
+        target, staged = static, static.is_cuda and not given.is_cuda
         if staged:  # padded in pinned memory: one copy, and the host does not wait for the device
-            target = torch.empty(view.shape, dtype=view.dtype, pin_memory=True)
+            target = torch.empty(static.shape, dtype=static.dtype, pin_memory=True)
         count = given.shape[self.dim]
         target.narrow(self.dim, 0, count).copy_(given)
         padding = self.padding if staged else self.device_padding
@@ -112,40 +115,39 @@ class _Input:
             padding = given[-1]
         target.narrow(self.dim, count, target.shape[self.dim] - count).copy_(padding)
         if staged:
-            view.copy_(target, non_blocking=True)
+            static.copy_(target, non_blocking=True)
 
 
-class _Replay(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    outputs: Outputs
+@dataclass
+class _Bucket:
+    """A size, the inputs that calls of it are copied to, and the graph that reads them."""
+
+    size: _Size
+    inputs: dict[str, Tensor]
+    graph: torch.cuda.CUDAGraph | None = None
+    outputs: Outputs = ()
 
 
 class _Phase:
-    """One of the model's functions, its static inputs and its graphs."""
+    """One of the model's functions and its buckets."""
 
     def __init__(
         self,
         name: str,
         function: Callable[..., Outputs],
-        buckets: Sequence[_Size],
+        sizes: Sequence[_Size],
         padding: Mapping[str, Tensor],
         kinds: Mapping[str, _Kind],
         device: torch.device,
     ) -> None:
-        largest = buckets[-1] if buckets else _Size(0)
-        self.name, self.function, self.buckets, self.device = name, function, tuple(buckets), device
-        self.inputs = {
-            key: _Input(kinds.get(key, _Kind.SEQUENCE), row, largest, device) for key, row in padding.items()
-        }
-        self.replays: dict[_Size, _Replay] = {}
+        self.name, self.function, self.device = name, function, device
+        self.inputs = {key: _Input(kinds.get(key, _Kind.SEQUENCE), row, device) for key, row in padding.items()}
+        self.buckets = [_Bucket(size, {key: x.static(size) for key, x in self.inputs.items()}) for size in sizes]
 
-    def static_inputs(self, size: _Size) -> dict[str, Tensor]:
-        return {name: entry.view(size) for name, entry in self.inputs.items()}
-
-    def fill_with_padding(self) -> None:
+    def fill_with_padding(self, bucket: _Bucket) -> None:
         """No sequences and no tokens: a run reads and writes no state."""
-        for entry in self.inputs.values():
-            entry.buffer.copy_(entry.device_padding)
+        for name, static in bucket.inputs.items():
+            static.copy_(self.inputs[name].device_padding)
 
     def size(self, given: Mapping[str, Tensor]) -> _Size:
         """Of a call whose inputs are as they must be."""
@@ -165,18 +167,17 @@ class _Phase:
     def run(self, given: Mapping[str, Tensor]) -> Outputs:
         """Call or replay on the current stream of the device."""
         size = self.size(given)
-        bucket = next((b for b in self.buckets if size.sequences <= b.sequences and size.tokens <= b.tokens), None)
+        bucket = next((b for b in self.buckets if size.fits(b.size)), None)
         if bucket is None:
             return self.function(**{name: x.to(self.device) for name, x in given.items()})
-        for name, entry in self.inputs.items():
-            entry.fill(given[name], bucket)
-        replay = self.replays.get(bucket)
-        if replay is None:
-            outputs = self.function(**self.static_inputs(bucket))
+        for name, static in bucket.inputs.items():
+            self.inputs[name].fill(static, given[name])
+        if bucket.graph is None:
+            outputs = self.function(**bucket.inputs)
         else:
-            replay.graph.replay()
-            outputs = replay.outputs
-        return self._rows(outputs, bucket.sequences, size.sequences)
+            bucket.graph.replay()
+            outputs = bucket.outputs
+        return self._rows(outputs, bucket.size.sequences, size.sequences)
 
     def _rows(self, outputs: Outputs, expected: int, kept: int) -> Outputs:
         """The rows of the call's own sequences, copied: the next replay writes over what this one returned."""
@@ -216,7 +217,7 @@ class GraphRunner:
     ``has_initial_state``  ``[sequences]``                                        bool       False
     ====================== ====================================================== ========== ==============
 
-    All graphs of a runner share one memory pool and its static inputs, so its calls belong on one stream at a time.
+    All graphs of a runner share one memory pool, so its calls belong on one stream at a time.
     What a call returns is the caller's to keep. Two runners are independent of each other.
 
     Args:
@@ -296,8 +297,8 @@ class GraphRunner:
     def warm_up(self, *, progress: bool = False) -> None:
         """Call the functions at every bucket, on padding alone: what they compile is compiled then."""
         with self._current_device():
-            for phase, size in _with_progress("warm up", self._work(), progress):
-                self._warm_up(phase, size)
+            for phase, bucket in _with_progress("warm up", self._work(), progress):
+                self._warm_up(phase, bucket)
 
     def capture(self, *, progress: bool = False) -> CaptureReport:
         """Warm up and capture every bucket; on a CPU warm up. Runs on padding alone: no state is read or written.
@@ -306,37 +307,36 @@ class GraphRunner:
         """
         graphs, start = [], time.perf_counter()
         with self._current_device():
-            for phase, size in _with_progress("capture", self._work(), progress):
+            for phase, bucket in _with_progress("capture", self._work(), progress):
                 began = time.perf_counter()
-                self._warm_up(phase, size)
+                self._warm_up(phase, bucket)
                 if self._memory is not None:
-                    used = self._capture(phase, size)
-                    graphs.append(CapturedGraph(phase.name, size.bucket, time.perf_counter() - began, used))
+                    used = self._capture(phase, bucket)
+                    graphs.append(CapturedGraph(phase.name, bucket.size.number, time.perf_counter() - began, used))
         return CaptureReport(graphs, time.perf_counter() - start, sum(graph.bytes for graph in graphs))
 
-    def _work(self) -> list[tuple[_Phase, _Size]]:
+    def _work(self) -> list[tuple[_Phase, _Bucket]]:
         """Largest first: the memory of a graph is then enough for the smaller ones."""
-        return [(phase, size) for phase in (self._prefill, self._decode) for size in reversed(phase.buckets)]
+        return [(phase, bucket) for phase in (self._prefill, self._decode) for bucket in reversed(phase.buckets)]
 
     def _current_device(self) -> AbstractContextManager[object]:
         return nullcontext() if self._memory is None else torch.cuda.device(self.pool.device)
 
     @torch.no_grad()
-    def _warm_up(self, phase: _Phase, size: _Size) -> None:
-        phase.fill_with_padding()
-        inputs = phase.static_inputs(size)
+    def _warm_up(self, phase: _Phase, bucket: _Bucket) -> None:
+        phase.fill_with_padding(bucket)
         if self._memory is None:
-            phase.function(**inputs)
+            phase.function(**bucket.inputs)
             return
         stream = torch.cuda.Stream()  # as capture requires
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                phase.function(**inputs)
+                phase.function(**bucket.inputs)
         torch.cuda.current_stream().wait_stream(stream)
 
     @torch.no_grad()
-    def _capture(self, phase: _Phase, size: _Size) -> int:
+    def _capture(self, phase: _Phase, bucket: _Bucket) -> int:
         """Capture one bucket; returns the device memory that it took."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what warm-up leaves is not the graph's
@@ -344,24 +344,24 @@ class GraphRunner:
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the device: another runner's, or one that loads weights.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            outputs = phase.function(**phase.static_inputs(size))
+            outputs = phase.function(**bucket.inputs)
         torch.cuda.synchronize()
-        phase.replays[size] = _Replay(graph, outputs)
+        bucket.graph, bucket.outputs = graph, outputs
         return free - torch.cuda.mem_get_info()[0]
 
 
-def _with_progress(label: str, work: list[tuple[_Phase, _Size]], enabled: bool) -> Iterator[tuple[_Phase, _Size]]:
+def _with_progress(label: str, work: list[tuple[_Phase, _Bucket]], enabled: bool) -> Iterator[tuple[_Phase, _Bucket]]:
     if not enabled:
         yield from work
         return
     try:
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:  # no dependency of this package
-        for done, (phase, size) in enumerate(work, 1):
-            print(f"{label} {done}/{len(work)}: {phase.name} {size.bucket}", file=sys.stderr)
-            yield phase, size
+        for done, (phase, bucket) in enumerate(work, 1):
+            print(f"{label} {done}/{len(work)}: {phase.name} {bucket.size.number}", file=sys.stderr)
+            yield phase, bucket
         return
     with tqdm(work, desc=label, unit="bucket") as bar:
-        for phase, size in bar:
-            bar.set_postfix_str(f"{phase.name} {size.bucket}")
-            yield phase, size
+        for phase, bucket in bar:
+            bar.set_postfix_str(f"{phase.name} {bucket.size.number}")
+            yield phase, bucket
