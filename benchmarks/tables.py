@@ -158,6 +158,31 @@ def train_step() -> str:
     return table(header, rows) + source(record)
 
 
+def serving() -> str:
+    """A load and a form a row, for each machine that it was measured on."""
+    names = {"first_token": "first token", "token": "next token", "latency": "request"}
+    text = ""
+    for path in sorted((ROOT / "benchmarks" / "results").glob("serving-*.json")):
+        record = load(path.stem)
+        rows = []
+        for row in record["rows"]:
+            times = [
+                f"{row[f'{name}_p50_ms']:.1f} / {row[f'{name}_p99_ms']:.1f}" if f"{name}_p50_ms" in row else ""
+                for name in names
+            ]
+            rate = f", {row['rate']:.1f} requests/s" if "rate" in row else ""
+            rows.append([row["regime"] + rate, row["impl"], f"{row['tokens_per_s']:,.0f}", *times])
+        text += "\n" * bool(text) + table(
+            ["load", "functions", "tokens/s", *(f"{n}, ms" for n in names.values())], rows
+        )
+        text += source(record) + f"Model: {record['model']}."
+        if "capture_s" in record:
+            graphs, seconds, mib = record["graphs"], record["capture_s"], record["capture_mib"]
+            text += f" {graphs} graphs captured in {seconds:.1f} s, {mib:.0f} MiB."
+        text += "\n"
+    return text
+
+
 def portable() -> str:
     record = load("portable-cpu")
     rows = [
@@ -179,7 +204,7 @@ def example(name: str) -> str:
 
 TABLES = {
     table.__name__: table
-    for table in (prefill, training, train_step, decode, decode_forms, accuracy, gradients, portable, host)
+    for table in (prefill, training, train_step, decode, decode_forms, serving, accuracy, gradients, portable, host)
 }
 
 

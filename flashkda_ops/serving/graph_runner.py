@@ -49,6 +49,8 @@ class CaptureReport(NamedTuple):
     bytes: int
 
     def __str__(self) -> str:
+        if not self.graphs:
+            return f"no graphs: warmed up in {self.seconds:.1f} s"
         phases = dict.fromkeys(graph.phase for graph in self.graphs)
         sizes = {phase: [str(graph.size) for graph in self.graphs if graph.phase == phase] for phase in phases}
         captured = "; ".join(f"{phase} at {', '.join(of)}" for phase, of in sizes.items())
@@ -108,12 +110,13 @@ class _Input:
         target, staged = static, static.is_cuda and not given.is_cuda
         if staged:  # padded in pinned memory: one copy, and the host does not wait for the device
             target = torch.empty(static.shape, dtype=static.dtype, pin_memory=True)
-        count = given.shape[self.dim]
+        count, length = given.shape[self.dim], target.shape[self.dim]
         target.narrow(self.dim, 0, count).copy_(given)
-        padding = self.padding if staged else self.device_padding
-        if self.kind is _Kind.BOUND:  # empty sequences repeat the last bound
-            padding = given[-1]
-        target.narrow(self.dim, count, target.shape[self.dim] - count).copy_(padding)
+        if count < length:
+            padding = self.padding if staged else self.device_padding
+            if self.kind is _Kind.BOUND:  # empty sequences repeat the last bound
+                padding = given[-1]
+            target.narrow(self.dim, count, length - count).copy_(padding)
         if staged:
             static.copy_(target, non_blocking=True)
 
