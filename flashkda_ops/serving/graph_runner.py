@@ -121,6 +121,13 @@ class _Input:
             static.copy_(target, non_blocking=True)
 
 
+class _Capturing(NamedTuple):
+    """What all captures of a runner share. A stream of its own, since torch's default one is of one device alone."""
+
+    stream: torch.cuda.Stream
+    memory: Any
+
+
 @dataclass
 class _Bucket:
     """A size, the inputs that calls of it are copied to, and the graph that reads them."""
@@ -278,7 +285,9 @@ class GraphRunner:
             {"tokens": _Kind.TOKEN, "cu_seqlens": _Kind.BOUND},
             pool.device,
         )
-        self._memory = torch.cuda.graph_pool_handle() if pool.device.type == "cuda" else None
+        self._capturing: _Capturing | None = None
+        if pool.device.type == "cuda":
+            self._capturing = _Capturing(torch.cuda.Stream(pool.device), torch.cuda.graph_pool_handle())
 
     @torch.no_grad()
     def decode(self, **inputs: Tensor) -> Any:
@@ -313,8 +322,8 @@ class GraphRunner:
             for phase, bucket in _with_progress("capture", self._work(), progress):
                 began = time.perf_counter()
                 self._warm_up(phase, bucket)
-                if self._memory is not None:
-                    used = self._capture(phase, bucket)
+                if self._capturing is not None:
+                    used = self._capture(phase, bucket, self._capturing)
                     graphs.append(CapturedGraph(phase.name, bucket.size.number, time.perf_counter() - began, used))
         return CaptureReport(graphs, time.perf_counter() - start, sum(graph.bytes for graph in graphs))
 
@@ -323,15 +332,15 @@ class GraphRunner:
         return [(phase, bucket) for phase in (self._prefill, self._decode) for bucket in reversed(phase.buckets)]
 
     def _current_device(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._memory is None else torch.cuda.device(self.pool.device)
+        return nullcontext() if self._capturing is None else torch.cuda.device(self.pool.device)
 
     @torch.no_grad()
     def _warm_up(self, phase: _Phase, bucket: _Bucket) -> None:
         phase.fill_with_padding(bucket)
-        if self._memory is None:
+        if self._capturing is None:
             phase.function(**bucket.inputs)
             return
-        stream = torch.cuda.Stream()  # as capture requires
+        stream = self._capturing.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -339,14 +348,14 @@ class GraphRunner:
         torch.cuda.current_stream().wait_stream(stream)
 
     @torch.no_grad()
-    def _capture(self, phase: _Phase, bucket: _Bucket) -> int:
+    def _capture(self, phase: _Phase, bucket: _Bucket, to: _Capturing) -> int:
         """Capture one bucket; returns the device memory that it took."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what warm-up leaves is not the graph's
         free, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the device: another runner's, or one that loads weights.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=to.memory, stream=to.stream, capture_error_mode="thread_local"):
             outputs = phase.function(**bucket.inputs)
         torch.cuda.synchronize()
         bucket.graph, bucket.outputs = graph, outputs
