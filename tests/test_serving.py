@@ -332,6 +332,15 @@ def test_accepting_any_number_of_drafts_gives_the_state_of_plain_decoding(
             assert_same(speculative.state_pool[slots[n][accepted[n] - 1]], plain.state_pool[n], K)
 
 
+def test_checked_mode_names_a_bad_count_of_accepted_tokens() -> None:
+    runner = TableModel().runner(decode_padding=SPECULATIVE, validate=True)
+    inputs = {"tokens": torch.zeros(1, DRAFTS + 1).long(), "state_indices": int32(runner.pool.allocate(DRAFTS + 1))}
+    runner.decode(**inputs, num_accepted_tokens=int32(DRAFTS + 1))
+    for bad in (0, DRAFTS + 2):
+        with pytest.raises(ValueError, match=rf"num_accepted_tokens must be in \[1, 4\], got {bad}"):
+            runner.decode(**inputs, num_accepted_tokens=int32(bad))
+
+
 def test_the_convolution_of_the_example_decodes_speculatively_too() -> None:
     plain = language_model("cpu", slots=2)
     speculative = language_model("cpu", slots=2 * 3)

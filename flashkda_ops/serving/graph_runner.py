@@ -241,9 +241,9 @@ class GraphRunner:
             an entry: ``{"temperature": torch.tensor(0.0)}`` adds ``temperature [sequences]``. Speculative decoding is
             ``{"tokens": torch.zeros(4, dtype=torch.int64), "state_indices": torch.full((4,), -1, dtype=torch.int32),
             "num_accepted_tokens": torch.tensor(1, dtype=torch.int32)}``.
-        validate: before each call, hold ``state_indices`` against the slots that are allocated, and ``cu_seqlens``
-            against the tokens, on the host (a device synchronisation where they are on the device).
-            ``FLASHKDA_CHECK=1`` does that in every runner.
+        validate: before each call, hold ``state_indices`` against the slots that are allocated, ``cu_seqlens`` against
+            the tokens and ``num_accepted_tokens`` against the slots of a sequence, on the host (a device
+            synchronisation where they are on the device). ``FLASHKDA_CHECK=1`` does that in every runner.
 
     Raises:
         ValueError: naming the argument that is not as described; from calls, naming the input.
@@ -293,7 +293,9 @@ class GraphRunner:
     def decode(self, **inputs: Tensor) -> Any:
         """Run ``decode`` on inputs on any device; returns its rows for these sequences."""
         if self._validates and "state_indices" in inputs:
-            self.pool.check(inputs["state_indices"])
+            slots = inputs["state_indices"]
+            self.pool.check(slots)
+            validation.check_slots(slots, self.pool.slots, None, inputs.get("num_accepted_tokens"))
         with self._current_device():
             return self._decode.run(inputs)
 
