@@ -33,7 +33,7 @@ class Request:
 
 
 class Event(NamedTuple):
-    """A token of a request; ``last`` ends it. A request that was cancelled has no further events."""
+    """A token of a request; ``last`` ends it. A request that was cancelled has none from the next step on."""
 
     request: Request
     token: int
