@@ -123,6 +123,18 @@ def test_flas_recurrent_function_updates_a_pool_of_states_in_place() -> None:
     assert torch.equal(pool[untouched], kept[untouched])
 
 
+def test_flas_recurrent_function_updates_the_rows_of_a_pool_or_all_states_in_place() -> None:
+    integration.enable()
+    call = make_call(1, B=2, state_v_first=True)
+    for rows in (torch.tensor([3, 1]), None):
+        pool = torch.randn(4 if rows is not None else 2, 4, 8, 16)
+        picked = torch.tensor([0, 1]) if rows is None else rows
+        expected = recurrent_kda(**call, initial_state=pool[picked], output_final_state=True)
+        o, final = fused_recurrent_kda_fwd(**call, initial_state=pool, ssm_state_indices=rows)
+        assert final is pool
+        assert torch.equal(o, expected[0]) and torch.equal(pool[picked], expected[1])
+
+
 def rejection(caplog: pytest.LogCaptureFixture, function: Any, call: Call) -> str:
     """What fla's log gives as the reason why its own function runs, which on the CPU fails."""
     integration.enable()
@@ -384,16 +396,14 @@ def step(model: nn.Module, given: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def assert_as_close(ours: Tensor, theirs: Tensor, reference: Tensor) -> None:
-    """Ours is as near to the reference as fla's, within what a change of the order of 16-bit rounding makes."""
-    ours, theirs = ours.cpu(), theirs.cpu()
-    assert error(ours, reference) < 1.5 * error(theirs, reference) + 2e-3
+    """Ours is as near to the reference as fla's, within what another order of 16-bit roundings makes."""
+    assert error(ours.cpu(), reference) < 2 * error(theirs.cpu(), reference) + 1e-2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"safe_gate": True, "lower_bound": -5.0}], ids=str)
-@pytest.mark.parametrize("fused_loss", [True, False])
-def test_compiled_training_on_the_gpu_gives_flas_results(options: dict[str, Any], fused_loss: bool) -> None:
-    model, reference = gpu_model(fuse_cross_entropy=fused_loss, **options)
+def test_compiled_training_on_the_gpu_gives_flas_results(options: dict[str, Any]) -> None:
+    model, reference = gpu_model(**options)
     given = torch.randint(0, 1000, (2, 200), generator=torch.Generator().manual_seed(0))
     expected = step(reference, given)
     theirs = step(model, given.cuda())
@@ -433,6 +443,7 @@ def test_compiled_prefill_and_decode_on_the_gpu_give_flas_results(mode: str, con
     else:
         integration.enable(compile=True)
     cache = integration.StaticCache(model, 2)
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     for _ in range(2):  # the second time from graphs that were captured in the first
         cache.reset()
@@ -442,11 +453,13 @@ def test_compiled_prefill_and_decode_on_the_gpu_give_flas_results(mode: str, con
             out = compiled(given[:, t : t + 1].cuda(), past_key_values=cache, use_cache=True)
             logits.append(out.logits.clone())
         assert_as_close(torch.cat(logits, 1), theirs, expected)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_an_eager_decode_on_the_gpu_with_flas_cache_and_a_mask_gives_flas_tokens() -> None:
+def test_eager_generation_on_the_gpu_with_a_mask_gives_flas_logits() -> None:
     model = gpu_model()[0].eval()
     given = torch.randint(0, 1000, (2, 20), generator=torch.Generator().manual_seed(0)).cuda()
     mask = torch.ones_like(given)

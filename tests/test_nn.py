@@ -240,6 +240,21 @@ def test_padding_at_the_end_of_a_packed_row_does_not_reach_the_sequences() -> No
     assert not o[:, 9:].any()
 
 
+def test_every_tensor_is_made_on_the_device_of_the_inputs() -> None:
+    """On meta tensors, where one of the CPU beside them would raise."""
+    layer = pair()[1].to("meta", torch.bfloat16)
+    x, mask = tokens(2, 5).to("meta", torch.bfloat16), torch.ones(2, 5, device="meta")
+    layer(x, attention_mask=mask)[0].sum().backward()
+    assert all(p.grad.device.type == "meta" for p in layer.parameters())
+    cache = StaticCache(layer, 2)
+    with torch.no_grad():
+        for piece in (x, x[:, :1]):
+            o = layer(piece, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+            assert (o.shape, o.dtype) == (piece.shape, torch.bfloat16)
+        cu_seqlens = torch.zeros(3, dtype=torch.int32, device="meta")
+        assert layer(x[:1], cu_seqlens=cu_seqlens, past_key_values=cache, use_cache=True)[0].is_meta
+
+
 def test_a_cache_needs_a_layer_index_and_a_mask_two_dimensions() -> None:
     layer = KimiDeltaAttention(HIDDEN, head_dim=8, num_heads=2)
     with pytest.raises(ValueError, match="layer_idx"):

@@ -130,7 +130,8 @@ class _Backend(fla.backends.BaseBackend):  # type: ignore[misc]
             validate_pool(op.state_pool, op.state_indices, op.q, sizes, op.state_v_first, slots=2)
             validate_num_accepted_tokens(op.num_accepted_tokens, op.state_indices, op.q, sizes)
             validate_slots_per_token(op.state_indices, op.cu_seqlens, sizes)
-            if a["ssm_state_indices"] is not None and op.state_indices.dim() == 1 and sizes.T != sizes.N:
+            tokens = sizes.N if op.cu_seqlens is not None else 1  # where there is one a sequence
+            if a["ssm_state_indices"] is not None and op.state_indices.dim() == 1 and tokens != sizes.T:
                 return False, "ssm_state_indices: one slot a sequence is for one token a sequence"
         else:
             if a["ssm_state_indices"] is not None:
