@@ -97,7 +97,7 @@ def decode(impl: str, sequences: int, runs: int) -> dict[str, Any]:
     ours = impl in ("enable(compile=True)", "convert")
     cache = fla.StaticCache(model, sequences) if ours else Cache()
     ids = torch.randint(0, SIZES["vocab_size"], (sequences, PROMPT), device=DEVICE)
-    prompt = model if ON_GPU else torch.compile(model, fullgraph=True, backend=COMPILER)
+    prompt = torch.compile(model, fullgraph=True, backend=COMPILER) if ours and not ON_GPU else model
     token = prompt(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
     def next_token(token: torch.Tensor) -> torch.Tensor:
