@@ -432,6 +432,15 @@ def test_a_converted_model_trains_as_flas(options: dict[str, Any]) -> None:
         assert error(a.grad, b.grad) < 1e-4, name
 
 
+def test_a_converted_model_compiles_with_the_number_of_items_in_a_batch() -> None:
+    """As transformers' Trainer passes it, for gradient accumulation."""
+    torch._dynamo.reset()
+    model, ids = convert(small_model()), torch.randint(0, 50, (2, 9))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    loss = compiled(ids, labels=ids, num_items_in_batch=5).loss
+    assert error(loss.detach(), (16 / 5 * model(ids, labels=ids).loss).detach()) < 1e-6
+
+
 def test_a_converted_model_generates_flas_tokens() -> None:
     theirs = small_model().eval()
     ours = convert(copy.deepcopy(theirs))

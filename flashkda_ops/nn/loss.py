@@ -110,6 +110,13 @@ class LinearCrossEntropyLoss(nn.Module):
         self.use_l2warp = use_l2warp
         self.l2_penalty_factor = l2_penalty_factor
 
+    def __copy__(self) -> LinearCrossEntropyLoss:
+        """fla's models copy their loss to change its reduction, and the compiler traces no copy but one spelled out."""
+        return LinearCrossEntropyLoss(
+            self.ignore_index, self.label_smoothing, self.logit_scale, self.logit_softcapping, self.num_chunks,
+            self.reduction, self.use_l2warp, self.l2_penalty_factor,
+        )  # fmt: skip
+
     def forward(self, x: Tensor, target: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """The loss, fp32.
 
