@@ -198,13 +198,43 @@ def host() -> str:
     return table(["one eager call", "us"], rows) + source(record)
 
 
+def model() -> str:
+    """A case a row: tokens a second of each implementation, and for those that are compiled the graph breaks."""
+    record = load("model-h100")
+    cells: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        cells.setdefault((row["phase"], row["sequences"], row["tokens"]), {})[row["impl"]] = row
+    impls = list(dict.fromkeys(row["impl"] for row in record["rows"]))
+    rows = []
+    for (phase, sequences, tokens), by_impl in cells.items():
+        line = [phase, f"{sequences} x {tokens}"]
+        for impl in impls:
+            row = by_impl.get(impl)
+            breaks = f" ({row['graph_breaks']} breaks)" if row and row["graph_breaks"] else ""
+            line.append(f"{row['tokens_per_s']:.0f}{breaks}" if row else "fails")
+        rows.append(line)
+    return table(["tokens/s", "sequences x tokens", *impls], rows) + source(record)
+
+
 def example(name: str) -> str:
     return f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text()}```\n"
 
 
 TABLES = {
     table.__name__: table
-    for table in (prefill, training, train_step, decode, decode_forms, serving, accuracy, gradients, portable, host)
+    for table in (
+        prefill,
+        training,
+        train_step,
+        decode,
+        decode_forms,
+        serving,
+        model,
+        accuracy,
+        gradients,
+        portable,
+        host,
+    )
 }
 
 
