@@ -21,8 +21,8 @@ from flashkda_ops.options import Call
 CHECK_VALUES = os.environ.get("FLASHKDA_CHECK", "0") not in ("", "0")
 """Whether eager calls check the values of index tensors on the host (``FLASHKDA_CHECK=1``)."""
 
-_TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_INDEX_DTYPES = (torch.int32, torch.int64)
+TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
 _MIN_LOWER_BOUND = -5.0
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types whose sizes are numbers, not symbols
 
@@ -90,7 +90,7 @@ def validate_tokens(call: Call) -> Sizes:
             raise ValueError(f"{name} must have 4 dimensions [B, T, heads, head dim], got shape {_sizes(x.shape)}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    require_dtype("q", q, _TOKEN_DTYPES)
+    require_dtype("q", q, TOKEN_DTYPES)
     require(H > 0, lambda: "q must have at least one head, got 0")
     require(K > 0, lambda: "q must have a head dimension of at least 1, got 0")
     require(V > 0, lambda: "v must have a head dimension of at least 1, got 0")
@@ -119,7 +119,7 @@ def validate_tokens(call: Call) -> Sizes:
         raise ValueError(f"cu_seqlens must have shape [N + 1], got {_sizes(cu_seqlens.shape)}")
     entries = cu_seqlens.shape[0]
     require(entries >= 2, lambda: f"cu_seqlens must have at least 2 entries [N + 1], got {entries}")
-    require_dtype("cu_seqlens", cu_seqlens, _INDEX_DTYPES)
+    require_dtype("cu_seqlens", cu_seqlens, INDEX_DTYPES)
     require_device("cu_seqlens", cu_seqlens, q)
     require(B == 1, lambda: f"q must have a batch size of 1 with cu_seqlens (sequences packed along T), got {B}")
     return Sizes(B, T, H, HV, K, V, entries - 1)
@@ -137,7 +137,7 @@ def _validate_gate(call: Call, HV: int, K: int) -> None:
             raise ValueError("A_log must be given with use_gate_in_kernel=True unless lower_bound is")
     elif not _MIN_LOWER_BOUND <= lower_bound < 0:
         raise ValueError(f"lower_bound must be in [{_MIN_LOWER_BOUND:g}, 0), got {lower_bound}")
-    dtypes = _TOKEN_DTYPES if q.dtype == torch.float64 else _TOKEN_DTYPES[:3]
+    dtypes = TOKEN_DTYPES if q.dtype == torch.float64 else TOKEN_DTYPES[:3]
     if A_log is not None:
         require_shape("A_log", A_log, "HV", HV)
         require_dtype("A_log", A_log, dtypes)
@@ -200,7 +200,7 @@ def validate_pool(pool: Tensor, state_indices: Tensor, q: Tensor, s: Sizes, stat
         require(width > 0, lambda: "state_indices must have at least one slot a sequence, got 0")
     else:
         require_shape("state_indices", state_indices, "N", s.N)
-    require_dtype("state_indices", state_indices, _INDEX_DTYPES)
+    require_dtype("state_indices", state_indices, INDEX_DTYPES)
     require_device("state_indices", state_indices, q)
 
 
@@ -210,7 +210,7 @@ def validate_num_accepted_tokens(accepted: Tensor | None, state_indices: Tensor,
     if state_indices.dim() != 2:
         raise ValueError("num_accepted_tokens requires state_indices of shape [N, slots], one slot a token")
     require_shape("num_accepted_tokens", accepted, "N", s.N)
-    require_dtype("num_accepted_tokens", accepted, _INDEX_DTYPES)
+    require_dtype("num_accepted_tokens", accepted, INDEX_DTYPES)
     require_device("num_accepted_tokens", accepted, q)
 
 
