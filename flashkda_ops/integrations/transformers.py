@@ -7,9 +7,9 @@
     kda.enable()
 
 The modeling files of transformers look up two functions of their module, ``chunk_kimi_delta_attention`` and
-``recurrent_kimi_delta_attention``, at every call. :func:`enable` puts ours in their place. So it does not matter whether
-a model was created before or after, and what ``torch.compile`` made of one is guarded on the functions and is compiled
-again. A call that we decline goes to the function that was there.
+``recurrent_kimi_delta_attention``, at every call. :func:`enable` puts ours in their place. So a model may be created
+before or after, and what ``torch.compile`` made of one is guarded on the functions and is compiled again. A call that
+we decline goes to the function that was there.
 """
 
 from __future__ import annotations
