@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +70,27 @@ def test_decoding_is_exported_with_its_pool_as_a_buffer() -> None:
         assert torch.equal(module(x, indices), decoder(x, indices))
         assert torch.equal(dict(module.named_buffers())["state_pool"], decoder.state_pool)
     assert decoder.state_pool[7].any()
+
+
+IN_A_FRESH_PROCESS = """
+import sys
+import torch
+import flashkda_ops  # registers the ops, and is all that the process knows of the model
+
+package, data = sys.argv[1:]
+model = torch._inductor.aoti_load_package(package)
+torch.save([model(*inputs) for inputs in torch.load(data)], data)
+"""
+
+
+def test_an_aot_inductor_package_runs_in_a_process_that_imports_only_the_ops(tmp_path: Path) -> None:
+    example, dynamic, others = CASES["packed"]
+    layer = Layer().requires_grad_(False)
+    program = torch.export.export(layer, layer_inputs(example), dynamic_shapes=dynamic)
+    package, data = tmp_path / "layer.pt2", tmp_path / "data.pt"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    inputs = [layer_inputs(sizes) for sizes in (example, *others)]
+    torch.save(inputs, data)
+    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, package, data], check=True, timeout=100)
+    for actual, given in zip(torch.load(data), inputs, strict=True):
+        torch.testing.assert_close(actual, layer(*given))

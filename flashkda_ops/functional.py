@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashkda_ops.ops import chunk_kda as _chunk
+from flashkda_ops.ops import rules
 from flashkda_ops.validation import state_dtype, validate_state, validate_tokens
 
 __all__ = ["chunk_kda", "chunk_kda_paged", "recurrent_kda", "recurrent_kda_paged"]
@@ -34,8 +35,8 @@ class _EagerChunkKDA(torch.autograd.Function):
 
 
 def _takes_eager_door(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether autograd will record a plain eager call: no compiler, transform or tensor subclass in sight."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether autograd will record a plain eager call: no tensor subclass in sight."""
+    if not torch.is_grad_enabled():
         return False
     needs_grad = False
     for t in tensors:
@@ -155,8 +156,12 @@ def chunk_kda(
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
         state_v_first, chunk_size if return_intermediate_states else 0, batch_invariant, validate,
     )  # fmt: skip
-    if _takes_eager_door(args[:8]):
-        o, final_state, states = _EagerChunkKDA.apply(*args)
+    if torch.compiler.is_compiling():
+        o, final_state, states = torch.ops.flashkda.chunk_kda.default(*args)
+    elif torch._C._are_functorch_transforms_active():
+        o, final_state, states = rules.TransformedChunkKDA.apply(*rules.autocast(args))
+    elif _takes_eager_door(args[:8]):
+        o, final_state, states = _EagerChunkKDA.apply(*rules.autocast(args))
     else:
         o, final_state, states = torch.ops.flashkda.chunk_kda.default(*args)
     final = final_state if output_final_state else None

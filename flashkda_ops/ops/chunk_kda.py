@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -130,13 +131,19 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     ctx.mark_non_differentiable(output[2])
 
 
-def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(
+    ctx: Any,
+    do: Tensor | None,
+    dht: Tensor | None,
+    _dstates: Tensor | None,
+    op: Callable[..., Sequence[Tensor]] | None = None,
+) -> tuple[Tensor | None, ...]:
     """Gradients of the eight differentiable arguments, each only where asked for, then ``None`` for the rest."""
     needed = [bool(n) for n in ctx.needs_input_grad[:8]]
     needed += [False] * (8 - len(needed))  # trailing arguments left at their defaults are not in the list
     if dht is not None and dht.shape[0] == 0:
         dht = None  # the final state was not asked for
-    grads = chunk_kda_backward.op(do, dht, *ctx.saved_tensors, *ctx.options, needed)
+    grads = (op or chunk_kda_backward.op)(do, dht, *ctx.saved_tensors, *ctx.options, needed)
     kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     return (*kept, *[None] * (len(Arguments._fields) - 8))
 

@@ -12,7 +12,7 @@ from flashkda_ops import cuda, portable
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import require, require_shape, validate_state, validate_tokens
 
-__all__ = ["op"]
+__all__ = ["backward", "op", "setup_context"]
 
 # output_mask: which gradients to compute, of q, k, v, g, beta, A_log, dt_bias, initial_state. The others are empty.
 SCHEMA = (
@@ -102,12 +102,12 @@ def _fake(*args: Any) -> _Gradients:
     return _kept([None if x is None else x.new_empty(x.shape) for x in a[2:10]], a)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Gradients) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Gradients) -> None:
     pass
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError("flashkda::chunk_kda has no second derivative: its backward pass cannot be differentiated")
 
 
-op.register_autograd(_no_second_derivative, setup_context=_setup_context)
+op.register_autograd(backward, setup_context=setup_context)

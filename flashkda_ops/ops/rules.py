@@ -1,0 +1,173 @@
+"""What autocast, ``torch.vmap`` and torch's FLOP counter do with the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flashkda_ops.ops import chunk_kda, chunk_kda_backward, chunk_kda_paged, recurrent_kda_paged
+
+__all__ = ["TransformedChunkKDA", "autocast"]
+
+_FORWARD = (chunk_kda, chunk_kda_paged, recurrent_kda_paged)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autocast: torch.library.register_autocast would cast A_log, dt_bias and the states too
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def autocast(args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of a forward op with ``q, k, v`` in the dtype of autocast, where it is on and they are not fp64.
+
+    ``g`` and ``beta`` stay fp32 where they are, which every op takes beside 16 bits; so do ``A_log``, ``dt_bias`` and
+    the states.
+    """
+    q, k, v, g, beta = args[:5]
+    device = q.device.type
+    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return tuple(args)
+    dtype = torch.get_autocast_dtype(device)
+    gates = (x if x.dtype == torch.float32 else x.to(dtype) for x in (g, beta))
+    return (*(x.to(dtype) for x in (q, k, v)), *gates, *args[5:])
+
+
+def _autocast_kernel(op: Any, device: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        args = autocast(args)
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return kernel
+
+
+_library = torch.library.Library("flashkda", "FRAGMENT")
+for _module in _FORWARD:
+    for _device in ("cpu", "cuda"):
+        _overload = _module.op._opoverload
+        _library.impl(_overload._opname, _autocast_kernel(_overload, _device), f"Autocast{_device.upper()}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vmap: the mapped dimension becomes a part of the batch, or of the heads where the samples cannot share a batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BATCH = {name: 0 for name in ("q", "k", "v", "g", "beta", "initial_state", "do", "dht")}
+_HEADS = {
+    **dict.fromkeys(("q", "k", "v", "g", "beta", "do"), 2),
+    **dict.fromkeys(("A_log", "dt_bias"), 0),
+    **dict.fromkeys(("initial_state", "dht"), 1),
+}
+
+
+def _fold(call: Any, in_dims: Sequence[int | None], samples: int, own_gates: bool) -> tuple[Any, dict[str, int]]:
+    """The call with all samples in it, and where each argument has them.
+
+    Packed sequences have a batch of one, and a batch shares ``A_log`` and ``dt_bias`` and sums their gradients.
+    """
+    dims = dict(zip(call._fields, in_dims, strict=False))
+    if dims.get("cu_seqlens") is not None:
+        raise ValueError("cu_seqlens must be the same for all samples of torch.vmap: the mapped calls have one layout")
+    own_gates = own_gates or dims.get("A_log") is not None or dims.get("dt_bias") is not None
+    where = _HEADS if own_gates or call.cu_seqlens is not None else _BATCH
+    folded = {}
+    for name, at in where.items():
+        x = getattr(call, name, None)
+        if x is not None:
+            dim = dims.get(name)
+            x = torch.stack([x] * samples, at) if dim is None else x.movedim(dim, at)
+            folded[name] = x.flatten(at, at + 1)
+    return call._replace(**folded), where
+
+
+def _unfold(x: Tensor, at: int, samples: int) -> Tensor:
+    return x.unflatten(at, (samples, x.shape[at] // samples))
+
+
+def _vmap_forward(function: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+    call, where = _fold(chunk_kda.Arguments(*args), in_dims, info.batch_size, own_gates=False)
+    dims = where["v"], where["initial_state"], where["v"]
+    outputs = function(*call)
+    return tuple(_unfold(x, at, info.batch_size) for x, at in zip(outputs, dims, strict=True)), dims
+
+
+def _vmap_backward(function: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+    call = chunk_kda_backward.Arguments(*args)
+    wanted, names = call.output_mask, call._fields[2:10]
+    call, where = _fold(call, in_dims, info.batch_size, own_gates=wanted[5] or wanted[6])
+    dims = tuple(where[name] if want else 0 for name, want in zip(names, wanted, strict=True))
+    outputs = (
+        _unfold(x, at, info.batch_size) if want else x.new_empty(info.batch_size, 0)
+        for x, at, want in zip(function(*call), dims, wanted, strict=True)
+    )
+    return tuple(outputs), dims
+
+
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+    raise ValueError("state_pool must not be under torch.vmap: it is updated in place. Map over the batch instead")
+
+
+if hasattr(torch.library, "register_vmap"):  # torch 2.5
+    for _op, _rule in ((chunk_kda.op, _vmap_forward), (chunk_kda_backward.op, _vmap_backward)):
+        torch.library.register_vmap(_op, lambda *args, _op=_op, _rule=_rule: _rule(_op, *args))
+    for _module in (chunk_kda_paged, recurrent_kda_paged):
+        torch.library.register_vmap(_module.op, _no_vmap)
+
+
+class TransformedChunkKDA(torch.autograd.Function):
+    """``flashkda::chunk_kda`` under the transforms of ``torch.func``, which cannot differentiate a custom op."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.flashkda.chunk_kda.default(*args)
+
+    setup_context = staticmethod(chunk_kda.setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+        return chunk_kda.backward(ctx, do, dht, dstates, _TransformedBackward.apply)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _vmap_forward(TransformedChunkKDA.apply, info, in_dims, *args)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """Its backward pass, which ``torch.func`` makes ready for differentiation whether or not it comes to that."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.flashkda.chunk_kda_backward.default(*args)
+
+    setup_context = staticmethod(chunk_kda_backward.setup_context)
+    backward = staticmethod(chunk_kda_backward.backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _vmap_backward(_TransformedBackward.apply, info, in_dims, *args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs of the recurrence, which every algorithm for it computes in one form or another
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _state_flops(v: Sequence[int], k: Sequence[int]) -> int:
+    """A product of the state with a vector, or with a vector's outer product, for every token and value head."""
+    B, T, HV, V = v
+    return 2 * B * T * HV * V * k[-1]
+
+
+@register_flop_formula([getattr(torch.ops.flashkda, module.op._opoverload._opname) for module in _FORWARD])
+def _forward_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 3 * _state_flops(v, k)  # S k, u k^T and S q
+
+
+@register_flop_formula(torch.ops.flashkda.chunk_kda_backward)
+def _backward_flops(do: Any, dht: Any, q: Any, k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 8 * _state_flops(v, k)  # two for each of the three, and the states once more, which were not kept

@@ -1,0 +1,137 @@
+"""``torch.func``: a mapped call is the calls one by one; gradients inside and outside of ``vmap``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import DIFFERENTIABLE, Call, error, make_call, paged
+from torch import Tensor
+from torch.func import grad, jacrev, vmap
+
+from flashkda_ops import chunk_kda, chunk_kda_paged, recurrent_kda_paged
+
+SAMPLES = 3
+TOKENS = {"q": 0, "k": 1, "v": 2, "g": -1, "beta": 0}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dense": {"B": 2},
+    "packed": {"cu_seqlens": [0, 2, 2, 7]},
+    "states": {"B": 2, "initial_state": True},
+    "V first": {"cu_seqlens": [0, 2, 2, 7], "initial_state": True, "state_v_first": True},
+}
+# Which arguments have a dimension of samples, and where.
+MAPPED: dict[str, dict[str, int]] = {
+    "tokens": TOKENS,
+    "one argument": {"k": 3},
+    "parameters": {"A_log": 0, "dt_bias": 1},
+    "all": {**TOKENS, "A_log": 1, "dt_bias": 0},
+}
+
+
+def mapped_call(layout: str, mapped: str) -> tuple[Call, dict[str, int]]:
+    call, dims = make_call(9, H=2, HV=4, K=6, V=5, **LAYOUTS[layout]), dict(MAPPED[mapped])
+    if "initial_state" in call and mapped != "parameters":
+        dims["initial_state"] = 2
+    generator = torch.Generator().manual_seed(1)
+    for name, dim in dims.items():
+        shape = list(call[name].shape)
+        shape.insert(dim if dim >= 0 else len(shape) + 1 + dim, SAMPLES)
+        call[name] = torch.randn(shape, generator=generator)
+    return call, dims
+
+
+def one_by_one(call: Call, dims: dict[str, int]) -> list[Call]:
+    return [{**call, **{name: call[name].select(dim, i) for name, dim in dims.items()}} for i in range(SAMPLES)]
+
+
+def outputs(call: Call) -> tuple[Tensor, Tensor]:
+    o, state = chunk_kda(**call, output_final_state=True)
+    return o, state
+
+
+def over(function: Any, call: Call, dims: dict[str, int]) -> Any:
+    """``vmap`` of a function of a call over the arguments that have samples."""
+    names = list(dims)
+    mapped = vmap(lambda *xs: function({**call, **dict(zip(names, xs, strict=True))}), in_dims=tuple(dims.values()))
+    return mapped(*(call[name] for name in names))
+
+
+@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mapped_call_is_the_calls_one_by_one(layout: str, mapped: str) -> None:
+    call, dims = mapped_call(layout, mapped)
+    expected = [torch.stack(x) for x in zip(*(outputs(one) for one in one_by_one(call, dims)), strict=True)]
+    through_the_op = over(
+        lambda call: torch.ops.flashkda.chunk_kda(**call, output_final_state=True)[:2], call, dims
+    )  # fmt: skip
+    for actual in (over(outputs, call, dims), through_the_op):
+        for x, wanted in zip(actual, expected, strict=True):
+            assert error(x, wanted) < 1e-6
+
+
+def loss(call: Call) -> Tensor:
+    o, state = outputs(call)
+    return o.square().sum() + state.sin().sum()
+
+
+def gradient(call: Call) -> dict[str, Tensor]:
+    names = [name for name in DIFFERENTIABLE if name in call]
+    return grad(lambda xs: loss({**call, **xs}))({name: call[name] for name in names})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_torch_func_is_that_of_autograd(layout: str) -> None:
+    call, _ = mapped_call(layout, "tokens")
+    (call, *_) = one_by_one(call, mapped_call(layout, "tokens")[1])
+    leaves = {name: call[name].clone().requires_grad_() for name in DIFFERENTIABLE if name in call}
+    loss({**call, **leaves}).backward()
+    for name, x in gradient(call).items():
+        assert torch.equal(x, leaves[name].grad), name
+
+
+@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_samples_are_those_of_each_alone(layout: str, mapped: str) -> None:
+    call, dims = mapped_call(layout, mapped)
+    expected = [gradient(one) for one in one_by_one(call, dims)]
+    for name, x in over(gradient, call, dims).items():
+        assert error(x, torch.stack([one[name] for one in expected])) < 1e-5, name
+
+
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_autograd_goes_through_a_mapped_call(mapped: str) -> None:
+    call, dims = mapped_call("states", mapped)
+    names = [name for name in DIFFERENTIABLE if name in call]
+    leaves = {name: call[name].clone().requires_grad_() for name in names}
+    twins = {name: call[name].clone().requires_grad_() for name in names}
+    over(loss, {**call, **leaves}, dims).sum().backward()
+    sum(loss(one) for one in one_by_one({**call, **twins}, dims)).backward()
+    for name in names:
+        assert error(leaves[name].grad, twins[name].grad) < 1e-5, name
+
+
+def test_a_jacobian_is_mapped_over_the_backward_pass() -> None:
+    call = make_call(4, K=3, V=2, H=1, HV=1)
+    jacobian = jacrev(lambda v: chunk_kda(**{**call, "v": v})[0].flatten())(call["v"])
+    o, _ = outputs(call)
+    assert error(jacobian.flatten(1) @ call["v"].flatten(), o.flatten()) < 1e-6  # o is linear in v
+
+
+def test_a_second_derivative_is_an_error_in_our_words() -> None:
+    call = make_call(4, K=3, V=2)
+    with pytest.raises(RuntimeError, match="flashkda::chunk_kda has no second derivative"):
+        grad(lambda q: grad(lambda q: loss({**call, "q": q}))(q).sum())(call["q"])
+
+
+def test_sequences_of_their_own_for_each_sample_are_refused() -> None:
+    call = make_call(9, cu_seqlens=[0, 9])
+    with pytest.raises(ValueError, match=r"cu_seqlens must be the same for all samples of torch\.vmap"):
+        vmap(lambda cu: chunk_kda(**{**call, "cu_seqlens": cu})[0])(torch.tensor([[0, 9], [0, 4]]))
+
+
+@pytest.mark.parametrize("function", [chunk_kda_paged, recurrent_kda_paged])
+def test_a_pool_is_not_mapped(function: Any) -> None:
+    call = paged(make_call(1, B=2), torch.zeros(3, 4, 16, 8), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"state_pool must not be under torch\.vmap"):
+        vmap(lambda q: function(**{**call, "q": q}))(torch.stack([call["q"]] * SAMPLES))
