@@ -216,6 +216,24 @@ def model() -> str:
     return table(["tokens/s", "sequences x tokens", *impls], rows) + source(record)
 
 
+def transformers() -> str:
+    """A phase and mode a row: tokens a second, and breaks of the graph."""
+    record = load("transformers-h100")
+    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        cells.setdefault((row["phase"], row["mode"]), {})[row["impl"]] = row
+    rows = []
+    for phase_and_mode, impls in cells.items():
+        line = list(phase_and_mode)
+        for impl in ("flashkda_ops", "fla"):
+            row = impls[impl]
+            line += [f"{row['tokens_s']:.0f}", str(row["graph_breaks"])] if "us" in row else ["fails", ""]
+        rows.append(line)
+    fla, release = record["peers"]["fla"], record["peers"]["transformers"]
+    header = [f"transformers {release}", "", "flashkda_ops, tokens/s", "breaks", f"fla {fla}, tokens/s", "breaks"]
+    return table(header, rows) + source(record)
+
+
 def example(name: str) -> str:
     return f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text()}```\n"
 
@@ -230,6 +248,7 @@ TABLES = {
         decode_forms,
         serving,
         model,
+        transformers,
         accuracy,
         gradients,
         portable,

@@ -88,7 +88,8 @@ def test_an_aot_inductor_package_runs_in_a_process_that_imports_only_the_ops(tmp
     layer = Layer().requires_grad_(False)
     program = torch.export.export(layer, layer_inputs(example), dynamic_shapes=dynamic)
     package, data = tmp_path / "layer.pt2", tmp_path / "data.pt"
-    torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # for g++, which takes most of this test's time
+    torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=quick)
     inputs = [layer_inputs(sizes) for sizes in (example, *others)]
     torch.save(inputs, data)
     subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, package, data], check=True, timeout=100)
