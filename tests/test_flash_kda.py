@@ -143,26 +143,6 @@ def test_the_backend_of_fla_for_flash_kda_runs_on_it() -> None:
             assert torch.equal(actual, expected)
 
 
-def test_it_is_traced_as_one_op() -> None:
-    call, (o, final) = case(B=2)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def function(**call: Any) -> tuple[Tensor, Tensor]:
-        out, final_state = torch.empty_like(call["v"]), torch.empty_like(call["initial_state"])
-        flash_kda.fwd(**call, out=out, final_state=final_state)
-        return out + 0, final_state
-
-    for actual, expected in zip(function(**call), (o, final), strict=True):
-        assert torch.equal(actual, expected)
-
-
-def test_the_op_is_sound() -> None:
-    for layout in ({"B": 2}, {"cu_seqlens": [0, 2, 5]}):
-        call, (o, final) = case(T=5, **layout)
-        call |= {"out": torch.empty_like(o), "final_state": torch.empty_like(final)}
-        torch.library.opcheck(torch.ops.flashkda.flash_kda_fwd.default, (), call)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, None], ids=str)
 def test_on_a_gpu_the_kernel_writes_into_the_outputs(

@@ -12,6 +12,10 @@ from torch.func import grad, jacrev, vmap
 
 from flashkda_ops import chunk_kda, chunk_kda_paged, recurrent_kda_paged
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.library, "register_vmap"), reason="torch.library.register_vmap came with torch 2.5"
+)
+
 SAMPLES = 3
 TOKENS = {"q": 0, "k": 1, "v": 2, "g": -1, "beta": 0}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -135,11 +139,3 @@ def test_a_pool_is_not_mapped(function: Any) -> None:
     call = paged(make_call(1, B=2), torch.zeros(3, 4, 16, 8), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"state_pool must not be under torch\.vmap"):
         vmap(lambda q: function(**{**call, "q": q}))(torch.stack([call["q"]] * SAMPLES))
-
-
-def test_a_mapped_call_is_traced_as_one_op() -> None:
-    call, dims = mapped_call("states", "tokens")
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda call: over(outputs, call, dims), fullgraph=True, backend="aot_eager")
-    for x, wanted in zip(compiled(call), over(outputs, call, dims), strict=True):
-        assert torch.equal(x, wanted)

@@ -19,6 +19,8 @@ _FORWARD = (chunk_kda, chunk_kda_paged, recurrent_kda_paged)
 # Autocast: torch.library.register_autocast would cast A_log, dt_bias and the states too
 # ---------------------------------------------------------------------------------------------------------------------
 
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
 
 def autocast(args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of a forward op with ``q, k, v`` in the dtype of autocast, where it is on and they are not fp64.
@@ -28,7 +30,7 @@ def autocast(args: Sequence[Any]) -> tuple[Any, ...]:
     """
     q, k, v, g, beta = args[:5]
     device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return tuple(args)
     dtype = torch.get_autocast_dtype(device)
     gates = (x if x.dtype == torch.float32 else x.to(dtype) for x in (g, beta))
@@ -46,7 +48,7 @@ def _autocast_kernel(op: Any, device: str) -> Callable[..., Any]:
 
 _library = torch.library.Library("flashkda", "FRAGMENT")
 for _module in _FORWARD:
-    for _device in ("cpu", "cuda"):
+    for _device in _AUTOCAST_DEVICES:
         _overload = _module.op._opoverload
         _library.impl(_overload._opname, _autocast_kernel(_overload, _device), f"Autocast{_device.upper()}")
 
