@@ -10,6 +10,7 @@ differ in the two functions that the integration replaces. Without a GPU the siz
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,9 @@ def implementations() -> dict[str, list[Callable[..., Any]]]:
     integration.enable()
     impls = {"flashkda_ops": [getattr(modeling, name) for name in FUNCTIONS]}
     integration.disable()
-    return impls | ({"fla": theirs} if ON_GPU and version("fla-core") else {})
+    # transformers takes its PyTorch path without a word where fla cannot be imported.
+    found_fla = inspect.getclosurevars(theirs[0]).nonlocals["is_new_implementation"]
+    return impls | ({"fla": theirs} if ON_GPU and found_fla else {})
 
 
 def phases(model: Any) -> dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]]:

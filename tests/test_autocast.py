@@ -57,6 +57,16 @@ def test_fp64_is_left_alone() -> None:
         assert chunk_kda(**call)[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("q", torch.int64), ("k", torch.float64), ("beta", torch.float64)], ids=str
+)
+def test_what_is_an_error_without_it_stays_one(name: str, dtype: torch.dtype) -> None:
+    call = make_call(9, B=2)
+    call[name] = call[name].to(dtype)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=f"{name} must be"):
+        chunk_kda(**call)
+
+
 def test_autocast_that_is_off_does_nothing() -> None:
     call = make_call(9, B=2)
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):

@@ -74,6 +74,16 @@ def test_a_mapped_call_is_the_calls_one_by_one(layout: str, mapped: str) -> None
             assert error(x, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_intermediate_states_are_mapped_too(layout: str) -> None:
+    call, dims = mapped_call(layout, "tokens")
+
+    def states(call: Call) -> Tensor:
+        return torch.ops.flashkda.chunk_kda(**call, checkpoint_interval=16)[2]
+
+    assert error(over(states, call, dims), torch.stack([states(one) for one in one_by_one(call, dims)])) < 1e-6
+
+
 def loss(call: Call) -> Tensor:
     o, state = outputs(call)
     return o.square().sum() + state.sin().sum()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -262,6 +264,11 @@ def test_a_release_without_kda_models_is_an_error_that_names_them(monkeypatch: p
     monkeypatch.setattr(integration, "_MODELS", ("no_such_model",))
     with pytest.raises(ImportError, match="no_such_model of transformers: none is installed"):
         integration.enable()
+
+
+def test_transformers_is_imported_by_enable_alone() -> None:
+    code = "import sys, flashkda_ops.integrations.transformers; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -20,21 +20,22 @@ _FORWARD = (chunk_kda, chunk_kda_paged, recurrent_kda_paged)
 # ---------------------------------------------------------------------------------------------------------------------
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def autocast(args: Sequence[Any]) -> tuple[Any, ...]:
-    """The arguments of a forward op with ``q, k, v`` in the dtype of autocast, where it is on and they are not fp64.
+    """The arguments of a forward op with ``q, k, v`` in the dtype of autocast, where it is on.
 
     ``g`` and ``beta`` stay fp32 where they are, which every op takes beside 16 bits; so do ``A_log``, ``dt_bias`` and
-    the states.
+    the states. As with torch's own ops fp64 is not cast, nor is what is no floating-point number.
     """
-    q, k, v, g, beta = args[:5]
-    device = q.device.type
-    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    device = args[0].device.type
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tuple(args)
     dtype = torch.get_autocast_dtype(device)
-    gates = (x if x.dtype == torch.float32 else x.to(dtype) for x in (g, beta))
-    return (*(x.to(dtype) for x in (q, k, v)), *gates, *args[5:])
+    tokens = (x.to(dtype) if x.dtype in (*_HALVES, torch.float32) else x for x in args[:3])
+    gates = (x.to(dtype) if x.dtype in _HALVES else x for x in args[3:5])
+    return (*tokens, *gates, *args[5:])
 
 
 def _autocast_kernel(op: Any, device: str) -> Callable[..., Any]:
