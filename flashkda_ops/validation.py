@@ -233,7 +233,7 @@ def validate_checkpoints(offsets: Tensor | None, indices: Tensor | None, q: Tens
     width = indices.shape[1] if indices.dim() == 2 else 1
     for name, x in (("checkpoint_indices", indices), ("checkpoint_offsets", offsets)):
         require_shape(name, x, "N, checkpoints", s.N, width)
-        require_dtype(name, x, _INDEX_DTYPES)
+        require_dtype(name, x, INDEX_DTYPES)
         require_device(name, x, q)
     require(width > 0, lambda: "checkpoint_indices must have at least one checkpoint a sequence, got 0")
 

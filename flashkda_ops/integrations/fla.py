@@ -141,7 +141,7 @@ class _Backend(fla.backends.BaseBackend):  # type: ignore[misc]
                 return False, "the kernel updates states in place, and inplace_final_state=False asks for a new one"
         if on_cpu:
             return True, None
-        reason = cuda.recurrent_kda_paged_reason(*self._with_pool(op)[:11], op.state_v_first)
+        reason = cuda.recurrent_kda_paged_reason(*self._with_pool(op)[:6])
         return reason is None, reason
 
     def fused_recurrent_kda_fwd(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
