@@ -10,7 +10,7 @@ __all__ = ["Call", "KdaOptions"]
 
 
 class Call(Protocol):
-    """What the arguments of all four ops have in common."""
+    """What the arguments of all ops have in common."""
 
     @property
     def q(self) -> Tensor: ...

@@ -28,7 +28,14 @@ from flashkda_ops.paged import on_rows, read_rows, safe_cu_seqlens, token_owner,
 from flashkda_ops.reference import l2norm
 from flashkda_ops.validation import state_dtype
 
-__all__ = ["Gradients", "chunk_kda", "chunk_kda_at_offsets", "chunk_kda_backward", "recurrent_kda_paged"]
+__all__ = [
+    "Gradients",
+    "chunk_kda",
+    "chunk_kda_at_offsets",
+    "chunk_kda_backward",
+    "chunk_kda_transition",
+    "recurrent_kda_paged",
+]
 
 CHUNK = 32
 
@@ -563,6 +570,39 @@ def chunk_kda_at_offsets(
     return o.to(v.dtype).view(B, T, *o.shape[2:]), after[:, -1].contiguous(), states
 
 
+def chunk_kda_transition(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: KdaOptions,
+    *,
+    state_v_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """``M`` and ``B`` of ``flashkda::chunk_kda_transition``.
+
+    The columns of a state advance apart from each other. So the scan takes ``V + K`` of them: those of ``v`` from zero,
+    which become ``B``, and beside them, from the identity and with no values of their own, the columns of ``M``.
+    """
+    x = _Inputs(k, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)  # no output is computed: any query will do
+    layout = _layout(k, cu_seqlens, CHUNK)
+    HV, V, K = *v.shape[2:], k.shape[-1]
+    rows = v.new_zeros(layout.sequences, HV, K, V + K, dtype=state_dtype(k))
+    rows[..., V:].diagonal(dim1=-2, dim2=-1).fill_(1)
+    if k.numel():
+        states = _StateRows(layout, rows)
+        for c0, c1 in _segments(layout, v, K):
+            chunks = _prepare(layout, _activate(_take(layout, x, c0, c1), options), options.scale, c0, c1)
+            chunks.AV = F.pad(chunks.AV, (0, K))
+            _scan_forward(chunks, states, c0, rows.new_empty(c1 - c0, layout.batch * HV, K, V + K), None)
+        rows = states.result()
+    B, M = (t.mT if state_v_first else t for t in rows.split((V, K), -1))
+    return M.contiguous(), B.contiguous()
+
+
 def chunk_kda_backward(
     do: Tensor | None,
     dht: Tensor | None,
@@ -609,6 +649,34 @@ def chunk_kda_backward(
     if initial_state is not None:
         dh0 = (dstates.result().mT if state_v_first else dstates.result()).contiguous()
     return Gradients(dq, dk, dv, dg, dbeta.squeeze(-1), dA_log, ddt_bias, dh0)
+
+
+def initial_state_gradient(
+    do: Tensor | None,
+    dht: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: KdaOptions,
+    *,
+    state_v_first: bool,
+) -> Tensor:
+    """Of :func:`chunk_kda_backward`, the gradient of the initial state alone: it needs no state of the forward pass."""
+    x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
+    layout = _layout(q, cu_seqlens, CHUNK)
+    dstates = _StateRows(layout, _initial_rows(dht, layout, x, state_v_first), reverse=True)
+    if q.numel():
+        for c0, c1 in reversed(_segments(layout, v, q.shape[-1])):
+            taken = _take(layout, x, c0, c1)
+            dtaken = torch.zeros_like(taken.v) if do is None else layout.take(do, c0, c1)
+            chunks = _prepare(layout, _activate(taken, options), options.scale, c0, c1)
+            _scan_backward(chunks, _split(layout, dtaken.to(chunks.v.dtype), c0, c1), dstates, c0)
+    return (dstates.result().mT if state_v_first else dstates.result()).contiguous()
 
 
 def _segment_backward(

@@ -65,16 +65,18 @@ def _sizes(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
 
-def require_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor | None = None) -> None:
+def require_dtype(
+    name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor | None = None, lead: str = "q"
+) -> None:
     """``x`` has one of ``dtypes``, which follow from that of ``q`` where it is given."""
     if x.dtype not in dtypes:
-        where = "" if q is None else f" where q is {_names((q.dtype,))}"
+        where = "" if q is None else f" where {lead} is {_names((q.dtype,))}"
         raise ValueError(f"{name} must be {_names(dtypes)}{where}, got {_names((x.dtype,))}")
 
 
-def require_device(name: str, x: Tensor, q: Tensor) -> None:
+def require_device(name: str, x: Tensor, q: Tensor, lead: str = "q") -> None:
     if x.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
+        raise ValueError(f"{name} must be on {q.device} as {lead} is, got {x.device}")
 
 
 def state_dtype(q: Tensor) -> torch.dtype:
@@ -82,35 +84,39 @@ def state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def validate_tokens(call: Call) -> Sizes:
-    """Check what all four ops have in common; returns the sizes of the call."""
+def validate_tokens(call: Call, lead: str = "q") -> Sizes:
+    """Check what all ops have in common; returns the sizes of the call.
+
+    ``lead`` is the argument that the others are compared with: an op without queries has its keys in their place.
+    """
     q, k, v, g, beta, cu_seqlens = call.q, call.k, call.v, call.g, call.beta, call.cu_seqlens
-    for name, x in (("q", q), ("v", v)):
+    for name, x in ((lead, q), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, T, heads, head dim], got shape {_sizes(x.shape)}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    require_dtype("q", q, TOKEN_DTYPES)
-    require(H > 0, lambda: "q must have at least one head, got 0")
-    require(K > 0, lambda: "q must have a head dimension of at least 1, got 0")
+    require_dtype(lead, q, TOKEN_DTYPES)
+    require(H > 0, lambda: f"{lead} must have at least one head, got 0")
+    require(K > 0, lambda: f"{lead} must have a head dimension of at least 1, got 0")
     require(V > 0, lambda: "v must have a head dimension of at least 1, got 0")
     require_shape("k", k, "B, T, H, K", B, T, H, K)
     require_shape("v", v, "B, T, HV, V", B, T, HV, V)
     require(HV > 0, lambda: "v must have at least one head, got 0")
     require(
-        HV % H == 0, lambda: f"v must have a multiple of the heads of q, got {HV} value heads for {H} query/key heads"
+        HV % H == 0,
+        lambda: f"v must have a multiple of the heads of {lead}, got {HV} value heads for {H} query/key heads",
     )
     require_shape("g", g, "B, T, HV, K", B, T, HV, K)
     require_shape("beta", beta, "B, T, HV", B, T, HV)
     for name, x in (("k", k), ("v", v)):
-        require_dtype(name, x, (q.dtype,), q)
-        require_device(name, x, q)
+        require_dtype(name, x, (q.dtype,), q, lead)
+        require_device(name, x, q, lead)
     wide = (q.dtype,) if q.dtype in (torch.float32, torch.float64) else (q.dtype, torch.float32)
     for name, x in (("g", g), ("beta", beta)):
-        require_dtype(name, x, wide, q)
-        require_device(name, x, q)
+        require_dtype(name, x, wide, q, lead)
+        require_device(name, x, q, lead)
 
-    _validate_gate(call, HV, K)
+    _validate_gate(call, HV, K, lead)
     if call.allow_neg_eigval and not call.use_beta_sigmoid_in_kernel:
         raise ValueError("allow_neg_eigval=True requires use_beta_sigmoid_in_kernel=True")
     if cu_seqlens is None:
@@ -120,12 +126,12 @@ def validate_tokens(call: Call) -> Sizes:
     entries = cu_seqlens.shape[0]
     require(entries >= 2, lambda: f"cu_seqlens must have at least 2 entries [N + 1], got {entries}")
     require_dtype("cu_seqlens", cu_seqlens, INDEX_DTYPES)
-    require_device("cu_seqlens", cu_seqlens, q)
-    require(B == 1, lambda: f"q must have a batch size of 1 with cu_seqlens (sequences packed along T), got {B}")
+    require_device("cu_seqlens", cu_seqlens, q, lead)
+    require(B == 1, lambda: f"{lead} must have a batch size of 1 with cu_seqlens (sequences packed along T), got {B}")
     return Sizes(B, T, H, HV, K, V, entries - 1)
 
 
-def _validate_gate(call: Call, HV: int, K: int) -> None:
+def _validate_gate(call: Call, HV: int, K: int, lead: str) -> None:
     q, A_log, dt_bias, lower_bound = call.q, call.A_log, call.dt_bias, call.lower_bound
     if not call.use_gate_in_kernel:
         for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
@@ -141,14 +147,14 @@ def _validate_gate(call: Call, HV: int, K: int) -> None:
     if A_log is not None:
         require_shape("A_log", A_log, "HV", HV)
         require_dtype("A_log", A_log, dtypes)
-        require_device("A_log", A_log, q)
+        require_device("A_log", A_log, q, lead)
     if dt_bias is not None:
         if dt_bias.dim() == 1:
             require_shape("dt_bias", dt_bias, "HV * K", HV * K)
         else:
             require_shape("dt_bias", dt_bias, "HV, K", HV, K)
         require_dtype("dt_bias", dt_bias, dtypes)
-        require_device("dt_bias", dt_bias, q)
+        require_device("dt_bias", dt_bias, q, lead)
 
 
 def state_shape(s: Sizes, rows: int, state_v_first: bool) -> tuple[int, int, int, int]:

@@ -86,7 +86,10 @@ def _compute(a: Arguments) -> Sequence[Tensor | None]:
     """By the kernels where they serve the call, else on the portable path."""
     options = KdaOptions.of(a)
     if not a.q.is_cuda or cuda.chunk_kda_reason(*a[2:11]) is not None:
-        return portable.chunk_kda_backward(*a[:11], options, state_v_first=a.state_v_first)
+        if any(a.output_mask[:7]):
+            return portable.chunk_kda_backward(*a[:11], options, state_v_first=a.state_v_first)
+        dh0 = portable.initial_state_gradient(*a[:9], a.cu_seqlens, options, state_v_first=a.state_v_first)
+        return [*[None] * 7, dh0]
     grads = [
         x.new_empty(x.shape) if wanted and x is not None else None
         for x, wanted in zip(a[2:10], a.output_mask, strict=True)
