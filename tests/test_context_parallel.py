@@ -1,0 +1,388 @@
+"""Context parallel gives what one process gives, wherever the sequences lie over the ranks."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+from helpers import DIFFERENTIABLE, TOKENS, Call, error, make_call, requiring_grad
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from world import World
+
+from flashkda_ops import chunk_kda
+from flashkda_ops.distributed import context_parallel_chunk_kda, context_parallel_halo
+
+EXACT, ROUNDING = (torch.float64, 1e-11), (torch.float32, 1e-5)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4, 8], ids="{} ranks".format)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(request.param)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[World]:
+    world = World(2)
+    yield world
+    world.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On each rank
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def part(call: Call, start: int, end: int, rows: int | None = None) -> Call:
+    """The tokens from ``start`` to ``end``, followed by rubbish up to ``rows``."""
+    local = {**call}
+    for name in TOKENS:
+        x = call[name][:, start:end]
+        padding = x.new_full((x.shape[0], (rows or x.shape[1]) - x.shape[1], *x.shape[2:]), torch.nan)
+        local[name] = torch.cat((x, padding), 1)
+    return local
+
+
+def differences(call: Call, offsets: list[int], mesh: Any, rows: int | None = None, **options: Any) -> float:
+    """The worst error on this rank of outputs, final states and gradients, against one process.
+
+    ``rows`` is the capacity of each rank; without it ranks have as many rows as tokens.
+    """
+    rank = dist.get_rank()
+    whole = requiring_grad(call)
+    expected = chunk_kda(**whole, output_final_state=True)
+    generator = torch.Generator().manual_seed(5)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in expected]
+    torch.autograd.backward(expected, cotangents)
+
+    start, end = offsets[rank : rank + 2]
+    local = requiring_grad(part(call, start, end, rows))
+    o, state = context_parallel_chunk_kda(**local, **options, mesh=mesh, output_final_state=True)
+    do = part({name: cotangents[0] for name in TOKENS}, start, end, rows)["q"]
+    torch.autograd.backward([o, state], [do, cotangents[1]])
+
+    worst = 0.0
+
+    def compare(actual: Tensor, wanted: Tensor) -> None:
+        nonlocal worst
+        if wanted.any() or actual.any():
+            worst = max(worst, error(actual, wanted) if wanted.any() else torch.inf)
+
+    def summed(x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+        return x
+
+    compare(o[:, : end - start], expected[0][:, start:end])
+    compare(summed(state), expected[1])
+    for name in DIFFERENTIABLE:
+        if name in TOKENS:
+            compare(local[name].grad[:, : end - start], whole[name].grad[:, start:end])
+            assert not local[name].grad[:, end - start :].any()
+        elif name in call:
+            compare(summed(local[name].grad), whole[name].grad)
+    assert not o[:, end - start :].any()
+    return worst
+
+
+def even(T: int) -> list[int]:
+    size = dist.get_world_size()
+    return [rank * (T // size) for rank in range(size + 1)]
+
+
+def dense(dtype: torch.dtype, **options: Any) -> float:
+    call = make_call(48, B=2, initial_state=True, dtype=dtype, **options)
+    return differences(call, even(48), dist.group.WORLD)
+
+
+def dense_uneven(dtype: torch.dtype) -> float:
+    """Ranks of any number of tokens, two of them of none where there are enough."""
+    size = dist.get_world_size()
+    cuts = sorted(random.Random(3).choices(range(70), k=max(0, size - 3)))
+    offsets = [0, *cuts, *[70] * (size - len(cuts))]
+    call = make_call(70, B=2, dtype=dtype, initial_state=True)
+    return differences(call, offsets, dist.group.WORLD)
+
+
+def packed(bounds: list[int], dtype: torch.dtype, **options: Any) -> float:
+    call = make_call(80, cu_seqlens=bounds, dtype=dtype, **options)
+    return differences(call, even(80), dist.group.WORLD)
+
+
+def random_slices(seed: int, dtype: torch.dtype) -> float:
+    """Sequences and ranks that begin anywhere: empty ones of both, and padding behind both."""
+    choose, size = random.Random(seed), dist.get_world_size()
+    T, N = 90, choose.choice([1, 3, 9])
+    bounds = [0, *sorted(choose.choices(range(T + 1), k=N))]
+    offsets = [0, *sorted(choose.choices(range(T + 1), k=size - 1)), T]
+    rows = max(b - a for a, b in pairwise(offsets)) + choose.choice([0, 3])
+    call = make_call(
+        T, cu_seqlens=bounds, dtype=dtype, initial_state=choose.random() < 0.5, state_v_first=choose.random() < 0.5
+    )
+    return differences(call, offsets, dist.group.WORLD, rows, rank_offsets=torch.tensor(offsets, dtype=torch.int32))
+
+
+def over_two_dimensions(dtype: torch.dtype, **options: Any) -> float:
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size // 2, 2))
+    call = make_call(48, initial_state=True, dtype=dtype, **options)
+    return differences(call, even(48), mesh)
+
+
+def compiled(**options: Any) -> float:
+    """The difference that one graph for two calls, forward and backward, makes."""
+    size, mesh = dist.get_world_size(), init_device_mesh("cpu", (dist.get_world_size(),))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(call: Call) -> Tensor:
+        o, state = context_parallel_chunk_kda(**call, mesh=mesh, output_final_state=True)
+        return o.sum() + state.square().sum()
+
+    compiled_step = torch.compile(step, fullgraph=True, backend=counter)
+    worst = 0.0
+    for seed in range(2):
+        call = make_call(40 * size, initial_state=True, seed=seed, **options)
+        if seed == 1 and "cu_seqlens" in call:
+            call["cu_seqlens"] = call["cu_seqlens"] // 2
+        start = 40 * dist.get_rank()
+        eager, traced = (requiring_grad(part(call, start, start + 40)) for _ in range(2))
+        step(eager).backward()
+        compiled_step(traced).backward()
+        worst = max(worst, *(error(traced[name].grad, eager[name].grad) for name in DIFFERENTIABLE))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+    return worst
+
+
+def halo() -> float:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    row = torch.arange(2.0 * 5 * size * 3).view(2, 5 * size, 3)
+    x = row[:, 5 * rank : 5 * rank + 5].clone().requires_grad_()
+    before = context_parallel_halo(x, 2, dist.group.WORLD)
+    expected = row[:, 5 * rank - 2 : 5 * rank] if rank else torch.zeros(2, 2, 3)
+    assert torch.equal(before, expected)
+    before.backward(torch.full_like(before, 1.0 + rank))
+    expected = torch.zeros_like(x)
+    if rank < size - 1:
+        expected[:, 3:] = 2.0 + rank
+    return error(x.grad, expected)
+
+
+def message_of(call: Call, mesh: Any = None, **options: Any) -> str | None:
+    """What this rank's call raises."""
+    try:
+        context_parallel_chunk_kda(**{**call, **options}, mesh=mesh or dist.group.WORLD)
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+def on_last_rank(
+    changes: dict[str, Any], options: dict[str, Any] | None = None, base: dict[str, Any] | None = None
+) -> str | None:
+    """The last rank makes its call by other arguments of ``make_call``, or with other options."""
+    arguments = {"T": 16, **(base or {"B": 2})}
+    if dist.get_rank() < dist.get_world_size() - 1:
+        return message_of(make_call(**arguments))
+    return message_of(make_call(**arguments | changes), **(options or {}))
+
+
+def with_another_mesh() -> str | None:
+    """A mesh of the same group whose ranks are in another order."""
+    ranks = list(range(dist.get_world_size()))
+    reverse = dist.get_rank() == 0
+    mesh = init_device_mesh("cpu", (len(ranks),))
+    other = torch.distributed.device_mesh.DeviceMesh("cpu", ranks[::-1], _init_backend=False)
+    other._dim_group_names = mesh._dim_group_names
+    return message_of(make_call(16), other if reverse else mesh)
+
+
+def with_gradients_on_one_rank() -> str | None:
+    call = make_call(16)
+    return message_of(requiring_grad(call) if dist.get_rank() == 0 else call)
+
+
+def with_values(cu_seqlens: list[list[int]], rank_offsets: list[int] | None = None) -> str | None:
+    call = make_call(16, cu_seqlens=cu_seqlens[min(dist.get_rank(), len(cu_seqlens) - 1)])
+    offsets = None if rank_offsets is None else torch.tensor(rank_offsets)
+    return message_of(call, rank_offsets=offsets, validate=True)
+
+
+def dying(rank: int) -> str:
+    if dist.get_rank() == rank:
+        os._exit(1)
+    try:
+        context_parallel_chunk_kda(**make_call(16), mesh=dist.group.WORLD)
+    except RuntimeError as e:
+        return type(e).__name__ + ": " + str(e)
+    return "nothing raised"
+
+
+def hanging(seconds: float) -> str:
+    """The last rank never comes; the others wait for it in a group of that timeout."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=seconds), backend="gloo")
+    if dist.get_rank() == dist.get_world_size() - 1:
+        return "absent"
+    try:
+        context_parallel_chunk_kda(**make_call(16), mesh=group)
+    except RuntimeError as e:
+        return str(e)
+    return "nothing raised"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"state_v_first": True}, {"gate": "unbounded"}, {"gate": "precomputed", "beta": "raw", "l2norm": False}],
+    ids=str,
+)
+def test_dense_rows_over_ranks(world: World, options: dict[str, Any]) -> None:
+    assert max(world.run(dense, torch.float64, **options)) < 1e-11
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [EXACT, ROUNDING], ids=str)
+def test_dense_rows_over_ranks_of_any_number_of_tokens(world: World, dtype: torch.dtype, tolerance: float) -> None:
+    assert max(world.run(dense_uneven, dtype)) < tolerance
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [0, 80],  # more ranks than sequences
+        [0, 10, 20, 40, 80],  # sequences that start where ranks do
+        [0, 1, 1, 1, 33, 50, 50, 79, 80, 80],
+        [0, 5, 5, 11],  # most ranks hold padding alone
+        [0, 0, 0],  # no token at all
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, {"initial_state": True, "state_v_first": True}], ids=str)
+def test_packed_sequences_start_end_and_span_ranks_anywhere(
+    world: World, bounds: list[int], options: dict[str, Any]
+) -> None:
+    assert max(world.run(packed, bounds, torch.float64, **options)) < 1e-11
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_sequences_over_random_slices(world: World, seed: int) -> None:
+    assert max(world.run(random_slices, seed, torch.float64)) < 1e-11
+
+
+def test_fp32_differs_by_its_rounding(world: World) -> None:
+    assert max(world.run(dense, torch.float32)) < 1e-5
+    assert max(world.run(packed, [0, 7, 30, 77], torch.float32)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"B": 2}, {"cu_seqlens": [0, 3, 45, 48]}], ids=str)
+def test_a_mesh_of_two_dimensions_is_a_row_of_ranks(world: World, options: dict[str, Any]) -> None:
+    if world.size == 1:
+        return
+    assert max(world.run(over_two_dimensions, torch.float64, **options)) < 1e-11
+
+
+def test_the_halo_is_the_end_of_the_rank_before(world: World) -> None:
+    assert max(world.run(halo)) == 0
+
+
+@pytest.mark.parametrize("options", [{"B": 3}, {"cu_seqlens": [0, 2, 50, 77]}], ids=str)
+def test_it_compiles_to_one_graph_for_all_values(two: World, options: dict[str, Any]) -> None:
+    assert max(two.run(compiled, **options)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "text"),
+    [
+        ({"H": 4}, {}, "size H must be the same on all ranks of the mesh, got by rank: [2, 4]"),
+        ({"K": 8}, {}, "size K must be the same on all ranks of the mesh, got by rank: [16, 8]"),
+        ({"B": 1}, {}, "size B must be the same on all ranks of the mesh, got by rank: [2, 1]"),
+        (
+            {"dtype": torch.float64},
+            {},
+            "dtype of q must be the same on all ranks of the mesh, got by rank: [torch.float32, torch.float64]",
+        ),
+        ({"initial_state": True}, {}, "dtype of initial_state must be the same on all ranks"),
+        ({}, {"scale": 2.0}, "options must be the same on all ranks"),
+        ({"B": 1, "cu_seqlens": [0, 16]}, {}, "dtype of cu_seqlens must be the same on all ranks"),
+    ],
+    ids=str,
+)
+def test_calls_that_do_not_go_together_raise_on_every_rank(
+    two: World, changes: dict[str, Any], options: dict[str, Any], text: str
+) -> None:
+    for message in two.run(on_last_rank, changes, options):
+        assert message is not None and message.startswith(text)
+
+
+def test_bad_arguments_of_one_rank_raise_on_every_rank(two: World) -> None:
+    others, own = two.run(on_last_rank, {}, {"lower_bound": 3.0})
+    assert own == "lower_bound must be in [-5, 0), got 3.0"
+    assert others == "validity of the arguments must be the same on all ranks of the mesh, got by rank: [1, 0]"
+
+
+def test_ranks_of_different_lengths_of_a_packed_row_need_offsets(two: World) -> None:
+    text = "size T must be the same on all ranks of the mesh, got by rank: [16, 8]"
+    assert two.run(on_last_rank, {"T": 8}, base={"B": 1, "cu_seqlens": [0, 20]}) == [text] * 2
+    assert two.run(on_last_rank, {"T": 8}, base={"B": 2}) == [None] * 2
+
+
+def test_different_meshes_raise_on_every_rank(two: World) -> None:
+    for message in two.run(with_another_mesh):
+        assert message is not None and message.startswith("mesh must be the same on all ranks")
+
+
+def test_gradients_on_one_rank_alone_raise_on_every_rank(two: World) -> None:
+    for message in two.run(with_gradients_on_one_rank):
+        assert message is not None and message.startswith("need of gradients must be the same on all ranks")
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "rank_offsets", "text"),
+    [
+        (
+            [[0, 5, 32], [0, 6, 32]],
+            None,
+            "cu_seqlens must be the same on all ranks, got [0, 5, 32] on rank 0 and [0, 6",
+        ),
+        ([[0, 5, 33]], None, "cu_seqlens must end at or before T = 32, got 33"),
+        ([[0, 5, 4]], None, "cu_seqlens must never decrease, got 5 then 4"),
+        ([[0, 5, 32]], [0, 3, 20], "rank_offsets must give rank 1 from 0 to T = 16 tokens, got 17"),
+        ([[0, 5, 32]], [1, 3, 5], "rank_offsets must start at 0, got 1"),
+    ],
+    ids=str,
+)
+def test_checked_calls_reject_malformed_values_on_every_rank(
+    two: World, cu_seqlens: list[list[int]], rank_offsets: list[int] | None, text: str
+) -> None:
+    for message in two.run(with_values, cu_seqlens, rank_offsets):
+        assert message is not None and message.startswith(text)
+
+
+def test_a_rank_that_hangs_surfaces_within_the_timeout(two: World) -> None:
+    start = time.monotonic()
+    message, _ = two.run(hanging, 1.0)
+    assert "imed out" in message or "timeout" in message.lower(), message
+    assert time.monotonic() - start < 10
+
+
+def test_a_rank_that_dies_surfaces_as_an_error_of_torch() -> None:
+    world = World(2)
+    try:
+        message, _ = world.run(dying, 1, lost=1)
+        assert "closed by peer" in message or "reset by peer" in message, message
+    finally:
+        world.close()
