@@ -24,12 +24,14 @@ def calls(layout: str, dtype: torch.dtype, state_v_first: bool) -> dict[str, Cal
     q, v, state = call["q"], call["v"], call["initial_state"]
     pool = torch.zeros(7, *state.shape[1:], dtype=state.dtype)
     on_pool = paged(call, pool, torch.tensor([1, 0, -1]))
+    transition = {name: x for name, x in call.items() if name not in ("q", "initial_state")}
     backward = {"cu_seqlens": None, "scale": None, **call, "batch_invariant": False}
     return {
         "chunk_kda": {**call, "output_final_state": True, "checkpoint_interval": 32},
         "chunk_kda_backward": {
             "do": torch.zeros_like(v), "dht": torch.zeros_like(state), **backward, "output_mask": [True, False] * 4,
         },
+        "chunk_kda_transition": transition,
         "chunk_kda_paged": {**on_pool, "q": q.transpose(1, 2).contiguous().transpose(1, 2)},
         "recurrent_kda_paged": on_pool,
     }  # fmt: skip
@@ -53,7 +55,9 @@ def strides_that_matter(x: Tensor) -> list[int]:
 @pytest.mark.parametrize("state_v_first", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["chunk_kda", "chunk_kda_backward", "chunk_kda_paged", "recurrent_kda_paged"])
+@pytest.mark.parametrize(
+    "name", ["chunk_kda", "chunk_kda_backward", "chunk_kda_transition", "chunk_kda_paged", "recurrent_kda_paged"]
+)
 def test_fake_cuda_and_meta_tensors_describe_the_real_outputs(
     name: str, layout: str, dtype: torch.dtype, state_v_first: bool
 ) -> None:

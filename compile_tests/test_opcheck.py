@@ -37,6 +37,10 @@ def backward_call(options: dict[str, Any]) -> Call:
     }  # fmt: skip
 
 
+def transition_call(options: dict[str, Any]) -> Call:
+    return {name: x for name, x in chunk_call(options).items() if name not in ("q", "initial_state")}
+
+
 def paged_call(options: dict[str, Any], T: int = 5) -> Call:
     call = make_call(T, K=6, V=3, **{"B": 3, **options})
     shape = (4, 3, 6) if call.get("state_v_first") else (4, 6, 3)
@@ -66,6 +70,11 @@ def test_chunk_kda_with_intermediate_states_is_a_sound_op(layout: str) -> None:
 @pytest.mark.parametrize("options", CHUNK.values(), ids=CHUNK)
 def test_chunk_kda_backward_is_a_sound_op(options: dict[str, Any]) -> None:
     check(torch.ops.flashkda.chunk_kda_backward, backward_call(options))
+
+
+@pytest.mark.parametrize("options", CHUNK.values(), ids=CHUNK)
+def test_chunk_kda_transition_is_a_sound_op(options: dict[str, Any]) -> None:
+    check(torch.ops.flashkda.chunk_kda_transition, requiring_grad(transition_call(options)))
 
 
 @pytest.mark.parametrize("absent", ["do", "dht"])
@@ -100,6 +109,7 @@ CALLS = {
     "chunk_kda": chunk_call(CHUNK["states"]),
     "chunk_kda_backward": backward_call(CHUNK["states"]),
     "chunk_kda_paged": paged_call({}),
+    "chunk_kda_transition": transition_call(CHUNK["states"]),
     "recurrent_kda_paged": paged_call({}),
 }
 
@@ -115,4 +125,6 @@ CALLS = {
 )
 def test_any_argument_may_have_a_permuted_dense_layout(op: str, name: str) -> None:
     call = {**CALLS[op], name: permuted(CALLS[op][name])}
-    check(getattr(torch.ops.flashkda, op), requiring_grad(call) if op == "chunk_kda" else call)
+    check(
+        getattr(torch.ops.flashkda, op), requiring_grad(call) if op in ("chunk_kda", "chunk_kda_transition") else call
+    )
