@@ -97,9 +97,8 @@ def _backward(ctx: Any, dM: Tensor, dB: Tensor) -> tuple[Tensor | None, ...]:
     l2norm, gate, sigmoid, negative, lower_bound = ctx.options
     V, K = v.shape[-1], k.shape[-1]
     columns = -2 if ctx.state_v_first else -1
-    initial_state = torch.cat(
-        (torch.zeros_like(dB), torch.eye(K, dtype=dM.dtype, device=dM.device).expand_as(dM)), columns
-    )
+    identity = torch.ones_like(dM).tril().triu()  # a DTensor where dM is one
+    initial_state = torch.cat((torch.zeros_like(dB), identity), columns)
     needed = [bool(n) for n in ctx.needs_input_grad[:6]]
     needed += [False] * (6 - len(needed))  # trailing arguments left at their defaults are not in the list
     _, *grads, _ = chunk_kda_backward.op(
