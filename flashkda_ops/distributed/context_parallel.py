@@ -13,11 +13,13 @@ rank's message is one map, however many sequences there are.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -132,25 +134,28 @@ class _Slice(NamedTuple):
     entering: Tensor  # [spans]: the sequence that enters, any where none does
     leaving: Tensor  # [spans]: the sequence that leaves, any where none does
     cu_seqlens: Tensor | None  # [N + 1], of the tokens that are here
-    leaving_cu_seqlens: Tensor | None  # [3]: of two sequences, the second of which is the part here of the one leaving
+    # [2] each, the first and the last token + 1 here of what enters and of what leaves; None for several dense rows.
+    entering_part: Tensor | None
+    leaving_part: Tensor | None
 
 
 def _slice(q: Tensor, cu_seqlens: Tensor | None, rank_offsets: Tensor | None, axes: _Axes) -> _Slice:
     B, T = q.shape[:2]
     if cu_seqlens is None:
-        return _dense_slice(B, axes, q.device)
+        return _dense_slice(B, T, axes, q.device)
     if rank_offsets is None:
         rank_offsets = torch.arange(_size(axes) + 1, device=q.device) * T
     return _packed_slice(cu_seqlens, rank_offsets, _rank(axes))
 
 
-def _dense_slice(B: int, axes: _Axes, device: torch.device) -> _Slice:
+def _dense_slice(B: int, T: int, axes: _Axes, device: torch.device) -> _Slice:
     rank, last = _rank(axes), _size(axes) - 1
 
     def all_or_none(mask: bool) -> Tensor:
         return torch.full((B,), mask, device=device)
 
     every = torch.arange(B, device=device)
+    part = torch.arange(2, device=device) * T if B == 1 else None
     return _Slice(
         starts=all_or_none(rank == 0),
         ends=all_or_none(rank == last),
@@ -159,7 +164,8 @@ def _dense_slice(B: int, axes: _Axes, device: torch.device) -> _Slice:
         entering=every,
         leaving=every,
         cu_seqlens=None,
-        leaving_cu_seqlens=None,
+        entering_part=part,
+        leaving_part=part,
     )
 
 
@@ -175,19 +181,23 @@ def _packed_slice(cu_seqlens: Tensor, rank_offsets: Tensor, rank: int) -> _Slice
         return torch.searchsorted(offsets[1:].contiguous(), token, right=True).clamp(max=ranks - 1) == rank
 
     enters, leaves = (first < low) & (end > low), (first < high) & (end > high)
-    leaving = leaves.to(torch.int8).argmax().unsqueeze(0)
+    entering, leaving = (mask.to(torch.int8).argmax().unsqueeze(0) for mask in (enters, leaves))
     here = torch.minimum((cu - low).clamp(min=0), high - low)
-    zero = torch.zeros_like(here[:1])
-    part = torch.cat((zero, here[leaving], (high - low).unsqueeze(0)))
+
+    def part(mask: Tensor, sequence: Tensor) -> Tensor:
+        """The tokens here of the one sequence of the mask; none where there is none."""
+        return torch.where(mask.any(), here[torch.cat((sequence, sequence + 1))], 0)
+
     return _Slice(
         starts=holds(first),
         ends=holds(torch.maximum(end - 1, first)),
         enters=enters,
         leaves=leaves,
-        entering=enters.to(torch.int8).argmax().unsqueeze(0),
+        entering=entering,
         leaving=leaving,
         cu_seqlens=here,
-        leaving_cu_seqlens=torch.where(leaves.any(), part, 0),
+        entering_part=part(enters, entering),
+        leaving_part=part(leaves, leaving),
     )
 
 
@@ -195,6 +205,97 @@ def _where(mask: Tensor, states: Tensor, other: Tensor | None = None) -> Tensor:
     """``states`` where the mask of their rows says so, else ``other``, else zero: whatever they hold elsewhere."""
     mask = mask.view(-1, 1, 1, 1)
     return torch.where(mask, states, 0) if other is None else torch.where(mask, states, other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This rank's maps
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Tokens at a rank's edge that come first. Where they forget, in every head, whatever state they are entered with, the
+# others do not matter: these are then passed as no tokens at all, which takes a kernel no time. The device alone knows.
+EDGE = 2048
+# Longer parts are cut into segments of this many tokens, whose maps are computed side by side.
+SEGMENT = 4096
+# A map with no entry above this leaves of a state less than rounding does.
+_FORGOTTEN = {torch.float32: 1e-12, torch.float64: 1e-22}
+
+
+class _Gated(NamedTuple):
+    """What a transition is made of, apart from the tokens."""
+
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    l2norm: bool
+    gate: bool
+    sigmoid: bool
+    negative: bool
+    lower_bound: float | None
+
+
+def _transition(tokens: Sequence[Tensor], cu_seqlens: Tensor | None, o: _Gated) -> Tensor:
+    """``[M | B]`` of each sequence of ``k, v, g, beta``."""
+    M, B = torch.ops.flashkda.chunk_kda_transition(*tokens, o.A_log, o.dt_bias, cu_seqlens, *o[2:])
+    return torch.cat((M, B), -1)
+
+
+def _map_of_part(tokens: Sequence[Tensor], part: Tensor, o: _Gated) -> Tensor:
+    """``[M | B]`` of the tokens ``part[0]`` to ``part[1]``; the identity and zero where there are none."""
+    segments = max(1, -(-tokens[0].shape[1] // SEGMENT))
+    edges = torch.arange(segments + 1, device=part.device) * SEGMENT
+    edges[segments] = tokens[0].shape[1]
+    cu_seqlens = F.pad(torch.minimum(torch.maximum(edges, part[0]), part[1]), (1, 0))
+    return _composed(_transition(tokens, cu_seqlens, o)[1:]).unsqueeze(0)
+
+
+def _forgets(map: Tensor) -> Tensor:
+    """Whether nothing of a state is left after the map, in any head."""
+    return map[..., : map.shape[-2]].abs().amax() < _FORGOTTEN[map.dtype]
+
+
+def _leaving_map(tokens: Sequence[Tensor], part: Tensor | None, o: _Gated) -> Tensor:
+    """``[M | B] [spans, ...]`` of the tokens here of what leaves."""
+    if part is None:
+        return _transition(tokens, None, o)
+    cut = tokens[0].shape[1] - EDGE
+    if cut <= 0:
+        return _map_of_part(tokens, part, o)
+    last = _map_of_part([x[:, cut:] for x in tokens], (part - cut).clamp(min=0), o)
+    rest = torch.where(_forgets(last), 0, part.clamp(max=cut))
+    return _composed(torch.stack((_map_of_part([x[:, :cut] for x in tokens], rest, o), last)))
+
+
+def _entering_gradient(
+    inputs: Sequence[Tensor | None],
+    do: Tensor,
+    dstates: Tensor,
+    s: _Slice,
+    options: tuple[Any, ...],
+) -> Tensor:
+    """The gradient ``[spans, ...]`` of what enters, from the outputs here and the states ``[N, ...]`` that end here.
+
+    Args:
+        inputs: ``q, k, v, g, beta, A_log, dt_bias`` of ``flashkda::chunk_kda``.
+        options: the arguments of ``flashkda::chunk_kda_backward`` from ``scale`` to ``batch_invariant``.
+    """
+    *tokens, A_log, dt_bias = inputs
+    only_state = [False] * 7 + [True]
+
+    def through(a: int, b: int, dS: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """From the gradient of the state after rows ``a`` to ``b`` to that of the state before them."""
+        rows = [x[:, a:b] for x in tokens if x is not None]
+        return torch.ops.flashkda.chunk_kda_backward(
+            do[:, a:b], dS, *rows, A_log, dt_bias, torch.zeros_like(dS), cu_seqlens, *options, only_state
+        )[7]
+
+    T, dS = do.shape[1], dstates[s.entering]
+    if s.entering_part is None:
+        return through(0, T, dS, None)
+    part = s.entering_part  # from 0
+    if T > EDGE:
+        gated = _Gated(A_log, dt_bias, *options[1:6])
+        first = _map_of_part([x[:, :EDGE] for x in tokens[1:] if x is not None], part.clamp(max=EDGE), gated)
+        dS = through(EDGE, T, dS, torch.where(_forgets(first), 0, (part - EDGE).clamp(min=0)))
+    return through(0, min(T, EDGE), dS, part.clamp(max=EDGE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,11 +334,8 @@ class _ContextParallel(torch.autograd.Function):
         axes: _Axes,
     ) -> tuple[Tensor, Tensor]:
         s = _slice(q, cu_seqlens, rank_offsets, axes)
-        M, B = torch.ops.flashkda.chunk_kda_transition(
-            k, v, g, beta, A_log, dt_bias, s.leaving_cu_seqlens, l2norm, gate, sigmoid, negative, lower_bound
-        )
-        if s.leaving_cu_seqlens is not None:
-            M, B = M[1:], B[1:]
+        gated = _Gated(A_log, dt_bias, l2norm, gate, sigmoid, negative, lower_bound)
+        M, B = _leaving_map((k, v, g, beta), s.leaving_part, gated).split((k.shape[-1], v.shape[-1]), -1)
         own = None
         if initial_state is not None:
             own = _where(s.starts, initial_state.mT if v_first else initial_state)
@@ -246,27 +344,24 @@ class _ContextParallel(torch.autograd.Function):
         B = _where(s.leaves[s.leaving], B)
         entering = _where(s.enters, _incoming(M, B, axes), own)
         entering = (entering.mT if v_first else entering).contiguous()
-        options = (scale, l2norm, gate, sigmoid, negative, lower_bound, v_first)
+        options = (l2norm, gate, sigmoid, negative, lower_bound, v_first)
         o, final, _ = torch.ops.flashkda.chunk_kda(
-            q, k, v, g, beta, A_log, dt_bias, entering, s.cu_seqlens, scale, True, *options[1:], 0, batch_invariant
+            q, k, v, g, beta, A_log, dt_bias, entering, s.cu_seqlens, scale, True, *options, 0, batch_invariant
         )
         ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, entering, M, *s)
-        ctx.options, ctx.axes, ctx.batch_invariant = options, axes, batch_invariant
-        ctx.has_initial_state = initial_state is not None
+        ctx.options, ctx.v_first, ctx.axes = (scale, *options, batch_invariant), v_first, axes
         return o, _where(s.ends, final)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, A_log, dt_bias, entering, M, *slice_ = ctx.saved_tensors
-        s, v_first = _Slice(*slice_), ctx.options[-1]
-        inputs = (q, k, v, g, beta, A_log, dt_bias, entering, s.cu_seqlens, *ctx.options, ctx.batch_invariant)
+        s, inputs = _Slice(*slice_), (q, k, v, g, beta, A_log, dt_bias)
         dht = _where(s.ends, dfinal)
-        own = torch.ops.flashkda.chunk_kda_backward(do, dht, *inputs, [False] * 7 + [True])[7]
-        C = _where(s.enters, own)[s.entering]
-        dS = _incoming(M.mT, C.mT if v_first else C, ctx.axes, reverse=True)
-        dht = _where(s.leaves, dS.mT if v_first else dS, dht)
+        C = _where(s.enters[s.entering], _entering_gradient(inputs, do, dht, s, ctx.options))
+        dS = _incoming(M.mT, C.mT if ctx.v_first else C, ctx.axes, reverse=True)
+        dht = _where(s.leaves, dS.mT if ctx.v_first else dS, dht)
         needed = [bool(n) for n in ctx.needs_input_grad[:8]]
-        grads = torch.ops.flashkda.chunk_kda_backward(do, dht, *inputs, needed)
+        grads = torch.ops.flashkda.chunk_kda_backward(do, dht, *inputs, entering, s.cu_seqlens, *ctx.options, needed)
         *kept, dh0 = (grad if need else None for grad, need in zip(grads, needed, strict=True))
         if dh0 is not None:
             dh0 = _where(s.starts, dh0)
@@ -346,7 +441,12 @@ def context_parallel_chunk_kda(
     _validate(call, rank_offsets, axes)
     if eager and checks_values(validate, q):
         _check_values(call, rank_offsets, axes)
-    o, final_state = _ContextParallel.apply(*call[:9], rank_offsets, scale, *call[11:17], batch_invariant, axes)
+    if _size(axes) == 1:
+        if rank_offsets is not None and cu_seqlens is not None:
+            call = call._replace(cu_seqlens=torch.minimum(cu_seqlens, rank_offsets[1]))
+        o, final_state, _ = torch.ops.flashkda.chunk_kda(*call)
+    else:
+        o, final_state = _ContextParallel.apply(*call[:9], rank_offsets, scale, *call[11:17], batch_invariant, axes)
     return o, final_state if output_final_state else None
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashkda_ops import portable
-from flashkda_ops.ops import chunk_kda_backward
+from flashkda_ops import cuda, portable
+from flashkda_ops.ops import chunk_kda, chunk_kda_backward
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import (
     Sizes,
@@ -69,7 +69,23 @@ def op(*args: Any) -> tuple[Tensor, Tensor]:
     sizes = _validate(a)
     if checks_values(a.validate, a.k):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
+    served = a.k.is_cuda and sizes.K == sizes.V and cuda.chunk_kda_reason(a.k, *a[:6], None, a.cu_seqlens) is None
+    if served:
+        return by_prefill(a, sizes)
     return portable.chunk_kda_transition(*a[:7], KdaOptions.of(a), state_v_first=a.state_v_first)
+
+
+def by_prefill(a: Arguments, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Two runs of ``chunk_kda``, for its kernel: from zero they end in B; from the identity, with no values, in M."""
+    call = chunk_kda.Arguments(
+        a.k, *a[:6], None, a.cu_seqlens, None, True, a.use_qk_l2norm_in_kernel, a.use_gate_in_kernel,
+        a.use_beta_sigmoid_in_kernel, a.allow_neg_eigval, a.lower_bound, a.state_v_first,
+    )  # fmt: skip
+    _, B, _ = chunk_kda.compute(call, sizes)
+    identity = torch.zeros_like(B)
+    identity.diagonal(dim1=-2, dim2=-1).fill_(1)
+    _, M, _ = chunk_kda.compute(call._replace(v=torch.zeros_like(a.v), initial_state=identity), sizes)
+    return M, B
 
 
 @op.register_fake
