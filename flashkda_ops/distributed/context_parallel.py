@@ -28,7 +28,6 @@ from flashkda_ops.validation import (
     Sizes,
     check_cu_seqlens,
     checks_values,
-    require,
     require_device,
     require_dtype,
     require_shape,
@@ -436,9 +435,10 @@ def context_parallel_chunk_kda(
         state_v_first, 0, batch_invariant, validate,
     )  # fmt: skip
     eager = not torch.compiler.is_compiling() and not (q.is_cuda and torch.cuda.is_current_stream_capturing())
-    if eager and check_ranks:
+    if eager and check_ranks and _size(axes) > 1:
         _check_ranks(call, rank_offsets, mesh, axes)
-    _validate(call, rank_offsets, axes)
+    if not torch.compiler.is_compiling():  # while tracing, the ops check what they are given
+        _validate(call, rank_offsets, axes)
     if eager and checks_values(validate, q):
         _check_values(call, rank_offsets, axes)
     if _size(axes) == 1:
@@ -585,5 +585,6 @@ def context_parallel_halo(x: Tensor, size: int, mesh: DeviceMesh | dist.ProcessG
         ValueError: ``size`` is not in ``[1, T]``.
     """
     T = x.shape[1]
-    require((size >= 1) & (size <= T), lambda: f"size must be in [1, T = {T}], got {size}")
+    if not 1 <= size <= T:
+        raise ValueError(f"size must be in [1, T = {T}], got {size}")
     return _Halo.apply(x, size, _axes(mesh))
