@@ -234,6 +234,32 @@ def transformers() -> str:
     return table(header, rows) + source(record)
 
 
+def distributed() -> str:
+    """A regime and direction a row: one GPU, then both ways to use all of them."""
+    record = load("distributed-h100")
+    cells: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        cells.setdefault((row["shape"], row["regime"], row["direction"]), {})[row["mode"]] = row
+    rows = []
+    for (shape, regime, direction), modes in cells.items():
+        line = [shape, regime, direction.replace("_", " + ")]
+        one = modes["one"].get("graph_us", modes["one"]["eager_us"])
+        line += [f"{one / 1e3:.2f}"]
+        for mode in ("context_parallel", "tensor_parallel"):
+            us = modes[mode].get("graph_us", modes[mode]["eager_us"])
+            line += [f"{us / 1e3:.2f} ({one / us:.2f}x)", f"{modes[mode]['error']:.1e}"]
+        rows.append(line)
+    header = [
+        "shape",
+        "gates",
+        "direction",
+        "one GPU, ms",
+        f"context parallel over {record['ranks']}, ms",
+        "difference",
+    ]
+    return table([*header, "tensor parallel, ms", "difference"], rows) + source(record)
+
+
 def example(name: str) -> str:
     return f"```python\n{(ROOT / 'examples' / f'{name}.py').read_text()}```\n"
 
@@ -253,6 +279,7 @@ TABLES = {
         gradients,
         portable,
         host,
+        distributed,
     )
 }
 

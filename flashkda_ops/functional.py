@@ -141,7 +141,7 @@ def chunk_kda(
         ValueError: naming the argument that is not as described.
     """
     if cp_context is not None:
-        raise ValueError("cp_context must be None: this function runs on one device")
+        raise ValueError("cp_context must be None: over ranks, use flashkda_ops.distributed.context_parallel_chunk_kda")
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size must be 32 or 64, got {chunk_size}")
     if not use_gate_in_kernel:

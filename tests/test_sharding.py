@@ -135,14 +135,14 @@ def transition(dims: dict[str, int]) -> float:
     return max(error(whole(actual), expected) for expected, actual in zip(*results, strict=True))
 
 
-def on_a_pool(pool: list[Placement], others: dict[str, list[Placement]], dimensions: int = 1) -> float:
+def on_a_pool(pool: list[Placement], others: dict[str, list[Placement]], dimensions: int = 1, H: int = 4) -> float:
     """Prefill, then decode: outputs, and the pool that was left behind."""
     mesh, dtype = a_mesh(dimensions), torch.float64
     indices = torch.tensor([4, 0, -1])
     prompt = paged(
-        make_call(20, H=4, HV=8, cu_seqlens=[0, 7, 12, 20], dtype=dtype), torch.zeros(6, 8, 16, 8).to(dtype), indices
+        make_call(20, H=H, HV=8, cu_seqlens=[0, 7, 12, 20], dtype=dtype), torch.zeros(6, 8, 16, 8).to(dtype), indices
     )
-    token = paged(make_call(1, H=4, HV=8, B=3, dtype=dtype, seed=1), prompt["state_pool"], indices)
+    token = paged(make_call(1, H=H, HV=8, B=3, dtype=dtype, seed=1), prompt["state_pool"], indices)
     placements = {**others, "state_pool": pool}
     expected = [chunk_kda_paged(**prompt | {"state_pool": (rows := prompt["state_pool"].clone())})]
     expected += [recurrent_kda_paged(**token | {"state_pool": rows}), rows]
@@ -154,9 +154,9 @@ def on_a_pool(pool: list[Placement], others: dict[str, list[Placement]], dimensi
     return max(error(whole(x), y) for x, y in zip(actual, expected, strict=True))
 
 
-def with_a_pool_split_by_rows() -> str:
+def rejected(pool: list[Placement], H: int) -> str:
     with pytest.raises(RuntimeError) as raised:
-        on_a_pool([Shard(0)], {})
+        on_a_pool(pool, {}, H=H)
     return str(raised.value)
 
 
@@ -234,8 +234,15 @@ def test_pools_of_two_dimensions(world: World) -> None:
 
 
 def test_a_pool_split_by_rows_is_rejected(world: World) -> None:
-    for message in world.run(with_a_pool_split_by_rows):
+    for message in world.run(rejected, [Shard(0)], 4):
         assert message.startswith("state_pool must be replicated, or split by heads (Shard(1))")
+
+
+def test_a_pool_split_further_than_the_key_heads_is_rejected(world: World) -> None:
+    assert max(world.run(on_a_pool, [Shard(1)], {}, H=1)) < 1e-12  # but where there is one
+    if world.size == 4:
+        for message in world.run(rejected, [Shard(1)], 2):
+            assert message.startswith("state_pool must split into the heads of q, got 2 heads over a mesh of 4")
 
 
 @pytest.mark.parametrize("world", [2], indirect=True, ids="{} ranks".format)

@@ -65,42 +65,40 @@ def _splits_evenly(heads: int, mesh_shape: Sequence[int]) -> bool:
     return all(heads % size == 0 for size in sizes if size <= heads)
 
 
-def _over_heads(a: Any) -> Iterator[_Rule]:
+def _over_batch_or_heads(a: Any) -> Iterator[_Rule]:
     H, HV, mesh_shape = a.k.shape[2], a.v.shape[2], a.k.mesh.shape
+    yield _REPLICATED
+    if a.cu_seqlens is None:
+        yield _BATCH
     if _splits_evenly(H, mesh_shape):
         yield _HEADS
     if H == 1 and _splits_evenly(HV, mesh_shape):
         yield _ONE_KEY_HEAD
 
 
-def _over_batch_or_heads(a: Any) -> Iterator[_Rule]:
-    yield _REPLICATED
-    if a.cu_seqlens is None:
-        yield _BATCH
-    yield from _over_heads(a)
-
-
 def _as_the_pool(a: Any) -> Iterator[_Rule]:
-    placements = set(a.state_pool.placements)
+    placements, size = set(a.state_pool.placements), a.state_pool.mesh.size()
+    H, HV = a.k.shape[2], a.v.shape[2]
     if placements == {Replicate()}:
         yield _REPLICATED
-    elif placements == {Shard(1)}:
-        yield from _over_heads(a)
-    else:
+    elif placements != {Shard(1)}:
         raise ValueError(
             "state_pool must be replicated, or split by heads (Shard(1)), in all dimensions of its mesh, "
             f"got {a.state_pool.placements}"
         )
+    elif H % size == 0:
+        yield _HEADS
+    elif H == 1 and HV % size == 0:
+        yield _ONE_KEY_HEAD
+    else:
+        raise ValueError(f"state_pool must split into the heads of q, got {H} heads over a mesh of {size}")
 
 
 def _register(name: str, arguments: Any, rules: Callable[[Any], Iterator[_Rule]], outputs: _Outputs) -> None:
     def sharding(*args: Any) -> list[tuple[list[Placement], list[Placement]]]:
         a = arguments(*args)
         tensors = [name for name, x in a._asdict().items() if hasattr(x, "placements")]
-        acceptable = [(outputs(a, rule), [rule.placement(name) for name in tensors]) for rule in rules(a)]
-        if not acceptable:
-            raise ValueError(f"heads must split evenly over the mesh, got {a.k.shape[2]} on {tuple(a.k.mesh.shape)}")
-        return acceptable
+        return [(outputs(a, rule), [rule.placement(name) for name in tensors]) for rule in rules(a)]
 
     op = getattr(torch.ops.flashkda, name).default
     register_sharding(op)(sharding)
