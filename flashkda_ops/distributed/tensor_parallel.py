@@ -40,7 +40,7 @@ class KimiDeltaAttentionParallel(ParallelStyle):
         output_layouts: how its output is to leave.
 
     Raises:
-        ValueError: the heads do not split evenly over the mesh.
+        ValueError: the heads do not split evenly over the mesh, or the module is another.
     """
 
     def __init__(self, *, input_layouts: Placement | None = None, output_layouts: Placement | None = None) -> None:
@@ -57,9 +57,10 @@ class KimiDeltaAttentionParallel(ParallelStyle):
                 )
         owners: dict[str, list[str]] = {}
         for name, parameter in list(module.named_parameters()):
-            placement = _PLACEMENTS[name]
+            if name not in _PLACEMENTS:
+                raise ValueError(f"module must be a KimiDeltaAttention, got a {type(module).__name__} with {name}")
             owner, _, leaf = name.rpartition(".")
-            whole = distribute_tensor(parameter, device_mesh, [placement], src_data_rank=self.src_data_rank)
+            whole = distribute_tensor(parameter, device_mesh, [_PLACEMENTS[name]], src_data_rank=self.src_data_rank)
             split = nn.Parameter(whole, requires_grad=parameter.requires_grad)
             split.__dict__.update(parameter.__dict__)  # marks for the optimizer
             module.get_submodule(owner).register_parameter(leaf, split)
