@@ -211,7 +211,8 @@ def _where(mask: Tensor, states: Tensor, other: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Tokens at a rank's edge that come first. Where they forget, in every head, whatever state they are entered with, the
-# others do not matter: these are then passed as no tokens at all, which takes a kernel no time. The device alone knows.
+# others do not matter: these are then passed as no tokens at all, for which kernels only fill outputs. The device alone
+# knows.
 EDGE = 2048
 # Longer parts are cut into segments of this many tokens, whose maps are computed side by side.
 SEGMENT = 4096
