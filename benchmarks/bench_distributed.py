@@ -175,7 +175,7 @@ def main() -> None:
                     row["error"] = difference[mode][direction]
                 rows.append(row)
                 if rank == 0:
-                    print({name: round(x, 5) if isinstance(x, float) else x for name, x in row.items()}, flush=True)
+                    print({name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items()}, flush=True)
     if rank == 0 and device == "cuda":
         print(write("distributed", rows, ranks=size))
     dist.destroy_process_group()

@@ -191,7 +191,7 @@ class Training:
         return {"model": model, "optimizer": optimizer, "steps": self.steps}
 
     def save(self, folder: str) -> None:
-        dcp.save(self.state(), checkpoint_id=folder)
+        dcp.save(self.state(), storage_writer=dcp.FileSystemWriter(folder, overwrite=True))
 
     def load(self, folder: str) -> None:
         state = self.state()

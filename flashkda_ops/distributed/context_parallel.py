@@ -153,8 +153,10 @@ def _dense_slice(B: int, T: int, axes: _Axes, device: torch.device) -> _Slice:
     def all_or_none(mask: bool) -> Tensor:
         return torch.full((B,), mask, device=device)
 
+    def part(mask: bool) -> Tensor | None:
+        return torch.arange(2, device=device) * (T if mask else 0) if B == 1 else None
+
     every = torch.arange(B, device=device)
-    part = torch.arange(2, device=device) * T if B == 1 else None
     return _Slice(
         starts=all_or_none(rank == 0),
         ends=all_or_none(rank == last),
@@ -163,8 +165,8 @@ def _dense_slice(B: int, T: int, axes: _Axes, device: torch.device) -> _Slice:
         entering=every,
         leaving=every,
         cu_seqlens=None,
-        entering_part=part,
-        leaving_part=part,
+        entering_part=part(rank > 0),
+        leaving_part=part(rank < last),
     )
 
 
