@@ -17,8 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from world import World
 
 from flashkda_ops.distributed import KimiDeltaAttentionParallel, tensor_parallel_plan
-
-pytest.importorskip("flashkda_ops.nn", reason="the layer")
+from flashkda_ops.nn import KimiDeltaAttention
 
 OPTIONS: dict[str, Any] = {"hidden_size": 24, "head_dim": 8, "num_heads": 4, "num_v_heads": 8}
 
@@ -30,9 +29,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     world.close()
 
 
-def layer(**changes: Any) -> torch.nn.Module:
-    from flashkda_ops.nn import KimiDeltaAttention
-
+def layer(**changes: Any) -> KimiDeltaAttention:
     torch.manual_seed(0)
     return KimiDeltaAttention(**OPTIONS | changes).double()
 
