@@ -169,6 +169,19 @@ def edges(fast: bool, layout: str, dtype: torch.dtype) -> tuple[float, bool]:
         context_parallel.EDGE, context_parallel.SEGMENT, context_parallel._forgets = original
 
 
+def under_autocast() -> float:
+    """As in bf16 without it, gates and maps in fp32."""
+    T = 12 * dist.get_world_size()
+    call, start = make_call(T), 12 * dist.get_rank()
+    local = part(call, start, start + 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = context_parallel_chunk_kda(**local, mesh=dist.group.WORLD, output_final_state=True)
+    halves = {name: local[name].bfloat16() for name in ("q", "k", "v")}
+    expected = context_parallel_chunk_kda(**local | halves, mesh=dist.group.WORLD, output_final_state=True)
+    assert o.dtype == torch.bfloat16 and state.dtype == torch.float32
+    return max(error(o, expected[0]), error(state, expected[1]))
+
+
 def compiled(**options: Any) -> float:
     """The difference that one graph for two calls, forward and backward, makes."""
     size, mesh = dist.get_world_size(), init_device_mesh("cpu", (dist.get_world_size(),))
@@ -347,6 +360,10 @@ def test_other_dtypes_differ_by_their_rounding(world: World) -> None:
     for dtype, tolerance in (ROUNDING, (torch.bfloat16, 2e-3)):
         assert max(world.run(dense, dtype)) < tolerance
         assert max(world.run(packed, [0, 7, 30, 77], dtype)) < tolerance
+
+
+def test_autocast_leaves_the_maps_in_fp32(two: World) -> None:
+    assert max(two.run(under_autocast)) == 0
 
 
 @pytest.mark.parametrize("options", [{"B": 2}, {"cu_seqlens": [0, 3, 45, 48]}], ids=str)

@@ -60,6 +60,14 @@ def test_it_is_fp32_for_16_bit_tokens(dtype: torch.dtype) -> None:
     assert error(applied(call), reference(call)[1], heads=1) < 1e-5
 
 
+def test_autocast_casts_keys_and_values_alone() -> None:
+    call = make_call(37)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = transition(call)
+    halves = {name: call[name].bfloat16() for name in ("k", "v")}
+    assert all(torch.equal(x, y) for x, y in zip(maps, transition(call | halves), strict=True))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"H": 1, "HV": 3, "K": 5, "V": 48}, {"K": 1, "V": 1}, {"T": 64}, {"T": 200, "H": 8, "HV": 8, "K": 128, "V": 4}],

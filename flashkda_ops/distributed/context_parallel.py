@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashkda_ops.ops import chunk_kda as _chunk
+from flashkda_ops.ops.rules import autocast
 from flashkda_ops.validation import (
     Sizes,
     check_cu_seqlens,
@@ -432,6 +433,7 @@ def context_parallel_chunk_kda(
         ValueError: naming the argument that is not as described, or what differs between ranks, on all of them.
     """
     axes = _axes(mesh)
+    q, k, v, g, beta = autocast((q, k, v, g, beta))
     call = _chunk.Arguments(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, output_final_state,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
@@ -449,7 +451,8 @@ def context_parallel_chunk_kda(
             call = call._replace(cu_seqlens=torch.minimum(cu_seqlens, rank_offsets[1]))
         o, final_state, _ = torch.ops.flashkda.chunk_kda(*call)
     else:
-        o, final_state = _ContextParallel.apply(*call[:9], rank_offsets, scale, *call[11:17], batch_invariant, axes)
+        with torch.autocast(q.device.type, enabled=False):  # maps are composed in fp32
+            o, final_state = _ContextParallel.apply(*call[:9], rank_offsets, scale, *call[11:17], batch_invariant, axes)
     return o, final_state if output_final_state else None
 
 

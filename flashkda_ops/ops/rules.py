@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flashkda_ops.ops import chunk_kda, chunk_kda_backward, chunk_kda_paged, recurrent_kda_paged
+from flashkda_ops.ops import (
+    chunk_kda,
+    chunk_kda_backward,
+    chunk_kda_paged,
+    chunk_kda_transition,
+    recurrent_kda_paged,
+)
 
 __all__ = ["TransformedChunkKDA", "autocast"]
 
@@ -23,8 +29,8 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def autocast(args: Sequence[Any]) -> tuple[Any, ...]:
-    """The arguments of a forward op with ``q, k, v`` in the dtype of autocast, where it is on.
+def autocast(args: Sequence[Any], tokens: int = 3) -> tuple[Any, ...]:
+    """The arguments of a forward op with ``q, k, v`` (``k, v`` of two tokens) in the dtype of autocast, where it is on.
 
     ``g`` and ``beta`` stay fp32 where they are, which every op takes beside 16 bits; so do ``A_log``, ``dt_bias`` and
     the states. As with torch's own ops fp64 is not cast, nor is what is no floating-point number.
@@ -33,14 +39,14 @@ def autocast(args: Sequence[Any]) -> tuple[Any, ...]:
     if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tuple(args)
     dtype = torch.get_autocast_dtype(device)
-    tokens = (x.to(dtype) if x.dtype in (*_HALVES, torch.float32) else x for x in args[:3])
-    gates = (x.to(dtype) if x.dtype in _HALVES else x for x in args[3:5])
-    return (*tokens, *gates, *args[5:])
+    cast = (x.to(dtype) if x.dtype in (*_HALVES, torch.float32) else x for x in args[:tokens])
+    gates = (x.to(dtype) if x.dtype in _HALVES else x for x in args[tokens : tokens + 2])
+    return (*cast, *gates, *args[tokens + 2 :])
 
 
-def _autocast_kernel(op: Any, device: str) -> Callable[..., Any]:
+def _autocast_kernel(op: Any, tokens: int, device: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        args = autocast(args)
+        args = autocast(args, tokens)
         with torch.autocast(device, enabled=False):
             return op(*args)
 
@@ -48,10 +54,10 @@ def _autocast_kernel(op: Any, device: str) -> Callable[..., Any]:
 
 
 _library = torch.library.Library("flashkda", "FRAGMENT")
-for _module in _FORWARD:
+for _op, _tokens in (*((_module.op, 3) for _module in _FORWARD), (chunk_kda_transition.op, 2)):
     for _device in _AUTOCAST_DEVICES:
-        _overload = _module.op._opoverload
-        _library.impl(_overload._opname, _autocast_kernel(_overload, _device), f"Autocast{_device.upper()}")
+        _overload = _op._opoverload
+        _library.impl(_overload._opname, _autocast_kernel(_overload, _tokens, _device), f"Autocast{_device.upper()}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
