@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Call, error, make_call, requiring_grad
+from helpers import Call, error, make_call, requiring_grad, use_first_configurations
 from torch import Tensor, nn
 
 pytest.importorskip("fla.models")
@@ -393,6 +393,7 @@ def test_a_static_cache_is_flas_cache_and_generates_flas_tokens() -> None:
 
 def gpu_model(**options: Any) -> tuple[KDAForCausalLM, KDAForCausalLM]:
     """In bf16 on the GPU, and the same parameters in fp32 on the CPU, converted."""
+    use_first_configurations()
     sizes = {"hidden_size": 512, "head_dim": 128, "num_heads": 4, "num_hidden_layers": 4, "vocab_size": 1000}
     model = small_model(**sizes, initializer_range=0.02, **options).to("cuda", torch.bfloat16)
     return model, convert(copy.deepcopy(model).to("cpu", torch.float32))
