@@ -189,11 +189,13 @@ def _processor() -> str:
 
 
 def write(bench: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
-    """Write ``results/<bench>-<gpu>.json``; a commit named by ``FLASHKDA_COMMIT`` stands in where there is no git."""
-    commit, status = _output("git", "rev-parse", "--short=12", "HEAD"), _output("git", "status", "--porcelain")
+    """Write ``results/<bench>-<gpu>.json``; ``FLASHKDA_COMMIT`` names the commit of an exported tree."""
+    commit, status = os.environ.get("FLASHKDA_COMMIT"), None
+    if commit is None:
+        commit, status = _output("git", "rev-parse", "--short=12", "HEAD"), _output("git", "status", "--porcelain")
     record: dict[str, Any] = {
         "bench": bench,
-        "commit": commit or os.environ.get("FLASHKDA_COMMIT"),
+        "commit": commit,
         "dirty": bool(status),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
