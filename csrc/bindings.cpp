@@ -34,9 +34,9 @@ void check(cudaError_t error, const char* what) {
 }
 
 // The caller has made `device` current in its own CUDA runtime. This one, linked statically, follows the driver's
-// current context, but may not have met it yet in this thread, and a thread of autograd may have none yet: cudaSetDevice
-// makes the device's current, without which the driver encodes no TMA descriptor. Nothing is restored, since nothing
-// changes for the caller.
+// current context, but may not have met it yet in this thread, and a thread of autograd may have none yet:
+// cudaSetDevice makes the device's current, without which the driver encodes no TMA descriptor. Nothing is restored,
+// since nothing changes for the caller.
 void use_device(int device) {
   thread_local bool met = false;
   int current = -1;

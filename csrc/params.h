@@ -123,16 +123,16 @@ struct ChunkKdaFwdParams : ChunkKdaParams {
 
 // Gradients are dense, in the dtype of what they are of; a null one is not wanted.
 struct ChunkKdaBwdParams : ChunkKdaParams {
-  const void* d_o;               // [batch, tokens, value_heads, 128]  dtype
-  const float* d_final_state;    // as initial_state, or null for 0
-  void* dq;                      // [batch, tokens, heads, 128]
-  void* dk;                      // [batch, tokens, heads, 128]
-  void* dv;                      // [batch, tokens, value_heads, 128]
-  void* dg;                      // [batch, tokens, value_heads, 128]
-  void* dbeta;                   // [batch, tokens, value_heads]
-  float* dA_log;                 // [value_heads]
-  float* d_dt_bias;              // [value_heads, 128]
-  float* d_initial_state;        // as initial_state
+  const void* d_o;             // [batch, tokens, value_heads, 128]  dtype
+  const float* d_final_state;  // as initial_state, or null for 0
+  void* dq;                    // [batch, tokens, heads, 128]
+  void* dk;                    // [batch, tokens, heads, 128]
+  void* dv;                    // [batch, tokens, value_heads, 128]
+  void* dg;                    // [batch, tokens, value_heads, 128]
+  void* dbeta;                 // [batch, tokens, value_heads]
+  float* dA_log;               // [value_heads]
+  float* d_dt_bias;            // [value_heads, 128]
+  float* d_initial_state;      // as initial_state
   BatchedStrides d_o_stride;
 };
 

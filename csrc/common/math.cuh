@@ -39,4 +39,13 @@ __device__ __forceinline__ float sigmoid(float x) { return rcp(1.f + exp(-x)); }
 // log1pf, not lg2 of a sum: very negative x must keep its relative precision.
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(exp(-fabsf(x))); }
 
+// The same without a call: the special function unit's logarithm, and where 1 + e would lose the low bits of a small e,
+// which are all there is of a slow gate, a series.
+__device__ __forceinline__ float softplus_inline(float x) {
+  const float e = ex2(-fabsf(x) * kLog2e);
+  float log1p = lg2(1.f + e);
+  log1p = e < 0.015625f ? fmaf(fmaf(e, 0.33333333f, -0.5f) * e, e, e) : log1p * 0.69314718f;
+  return fmaxf(x, 0.f) + log1p;
+}
+
 }  // namespace flashkda

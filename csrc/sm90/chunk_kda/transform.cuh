@@ -35,12 +35,7 @@ struct GateFunction {
     } else {
       constexpr float kLowest = kLowestLogDecay * kLog2e * kGateUnit;
       if (mode == Gate::kPrecomputed) return fmaxf(g * (kLog2e * kGateUnit), kLowest);
-      const float x = g + bias;
-      const float e = ex2(-fabsf(x) * kLog2e);
-      float log1p = lg2(1.f + e);
-      // 1 + e loses the low bits of a small e, which are all there is of a slow gate.
-      log1p = e < 0.015625f ? fmaf(fmaf(e, 0.33333333f, -0.5f) * e, e, e) : log1p * 0.69314718f;
-      return fmaxf((fmaxf(x, 0.f) + log1p) * factor, kLowest);
+      return fmaxf(softplus_inline(g + bias) * factor, kLowest);
     }
   }
 };

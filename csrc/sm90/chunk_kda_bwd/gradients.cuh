@@ -19,12 +19,12 @@
 // need no other warp. Its loops go over blocks of 16 tokens and are not unrolled: the whole tile as straight-line code
 // is 130 KB, more than the instruction cache holds.
 //
-// Normalisation costs no rounding: operands hold q and k as they came, but for a power of two, and a token's factor goes
-// into P, N and their gradients, into W, dU, and what comes through the states. dq and dk are then gradients times that
-// factor, which is what the derivative of the normalisation wants.
+// Normalisation costs no rounding: operands hold q and k as they came, but for a power of two, and a token's factor
+// goes into P, N and their gradients, into W, dU, and what comes through the states. dq and dk are then gradients times
+// that factor, which is what the derivative of the normalisation wants.
 //
-// Between blocks of 16 tokens L is the sum of two bf16, the second in the mirrored block above the diagonal: with nearly
-// parallel keys its rounding is what would count most.
+// Between blocks of 16 tokens L is the sum of two bf16, the second in the mirrored block above the diagonal: with
+// nearly parallel keys its rounding is what would count most.
 //
 // Decays inside the tile are split at a token between the two, so that both factors are at most 1: at the middle of
 // the tile (level 1), of its halves (level 2), and inside the four blocks of 16 tokens at their middle (level 3, where
@@ -44,116 +44,22 @@
 #include <atomic>
 #include <type_traits>
 
+#include "common/elements.cuh"
 #include "common/hopper.cuh"
 #include "common/math.cuh"
+#include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda_bwd/config.h"
+#include "sm90/chunk_kda_bwd/gradient_tiles.cuh"
 #include "sm90/chunk_kda_bwd/launch.h"
 #include "sm90/chunk_kda_fwd/tensor_map.h"
 
 namespace flashkda::chunk_kda_bwd {
-
-constexpr int kMathThreads = 256;
-constexpr int kGradientThreads = kMathThreads + 128;
-constexpr int kMathRegisters = 232;
-constexpr int kHelperRegisters = 40;  // 256 x 232 + 128 x 40 is what 384 x 168 were
-
-// Operands are [64 tokens][64 channels] of 16 bits, two for a head, in the 128-byte swizzle.
-constexpr int kHalfBytes = 8192;
-constexpr int kTensorBytes = 2 * kHalfBytes;
-constexpr int kBlockBytes = 2048;  // 16 tokens of a half
-constexpr int kBlocks = 4;
-
-template <typename G>
-struct GradientLayout {
-  static constexpr bool kWideGate = sizeof(G) == 4;
-  static constexpr int kStates = 0;
-  static constexpr int kStateGradients = kStates + kStateBytes;
-  static constexpr int kQuery = kStateGradients + kStateBytes;
-  static constexpr int kKey = kQuery + kTensorBytes;
-  static constexpr int kValue = kKey + kTensorBytes;  // v, then U
-  static constexpr int kWork = kValue + kTensorBytes;  // g, then operands, then gradients on their way out
-  static constexpr int kOutputGradient = kWork + 2 * kTensorBytes;  // work as well, before dO and after it
-  static constexpr int kDecays = kOutputGradient + kTensorBytes;    // G, fp32 [4][2][256 threads][4]
-  static constexpr int kScores = kDecays + 2 * kTensorBytes;  // bf16 [64][64] of 128 bytes, swizzled: P, then dP
-  static constexpr int kSystem = kScores + kHalfBytes;        // -L in two terms (see above), inverses less I; then dN
-  static constexpr int kSolve = kSystem + kHalfBytes;  // fp32 [4][kSolveStride]: diagonal blocks of L
-  static constexpr int kSolveStride = 1088;            // bytes, 16 banks apart
-  static constexpr int kSums = kSolve;                 // fp32 [3][8 warps][64], later: q dq, k dk, Y W
-  static constexpr int kReferences = kSums + 3 * 8 * 4 * kTile;    // fp32 [8][128]: G after every eighth token
-  static constexpr int kKeyFactor = kReferences + 8 * 4 * kHeadDim;  // fp32 [64]: what k is times the operands' k
-  static constexpr int kQueryFactor = kKeyFactor + 4 * kTile;        // fp32 [64]
-  static constexpr int kKeyUnit = kQueryFactor + 4 * kTile;          // fp32 [64]: the operands' k in terms of k as it came
-  static constexpr int kQueryUnit = kKeyUnit + 4 * kTile;            // fp32 [64]
-  static constexpr int kBeta = kQueryUnit + 4 * kTile;               // fp32 [3][64], a tile each in turn
-  static constexpr int kBetaSlots = kBeta + 3 * 4 * kTile;         // fp32 [4][64]: rowsum(dL * N), by level and column
-  static constexpr int kTotals = kBetaSlots + 4 * 4 * kTile;       // fp32 [2][64]: what of q and k leaves dq and dk
-  static constexpr int kStateSums = kTotals + 2 * 4 * kTile;       // fp32 [2][128]: colsum(dS' * S)
-  static constexpr int kRateSums = kStateSums + 2 * 4 * kHeadDim;  // fp32 [8]: A_log's, by warp
-  static constexpr int kInfo = kRateSums + 32;                     // [2] of 16 bytes
-  static constexpr int kBarriers = kInfo + 32;
-  static constexpr int kBytes = kBarriers + 48 + 1024;  // 1024 to align the base
-  static_assert(kBlocks * kSolveStride <= kReferences - kSums);
-  static_assert(kBytes <= 232448);
-};
-
-// Barriers, with who arrives and who waits:
-//   full_tokens   the loader's thread and TMA's bytes (q, k, g), the
-//                 state sum's warp (beta)                             -> math warps
-//   full_states   the loader's thread and TMA's bytes (S, dS', v)     -> math warps, the state sum's warp
-//   full_output   the loader's thread and TMA's bytes (dO)            -> math warps
-//   free_tokens   each math warp, at the end of a tile                -> loader
-//   free_states   math's thread 0, behind a barrier of all math warps -> loader
-//   free_output   the same: dO's place has been work until then       -> loader
-struct GradientBarriers {
-  uint32_t base;
-  __device__ uint32_t full_tokens() const { return base; }
-  __device__ uint32_t full_states() const { return base + 8; }
-  __device__ uint32_t full_output() const { return base + 16; }
-  __device__ uint32_t free_tokens() const { return base + 24; }
-  __device__ uint32_t free_states() const { return base + 32; }
-  __device__ uint32_t free_output() const { return base + 40; }
-};
-
-// Named barriers: all math warps; diagonal blocks of L written (math arrives, the solving warps wait); inverses written
-// (they arrive, math waits); the sums over states written (its warp arrives, math waits).
-enum NamedBarrier : uint32_t { kMath = 1, kSystemReady, kInverseReady, kStateSumsReady };
-
-struct GradientArguments {
-  CUtensorMap q, k, v, g, d_o;
-  ChunkKdaBwdParams p;
-  int64_t tiles_per_sequence;
-  WorkspaceLayout layout;
-};
-
-// A thread's elements n of a warp's 16 channels x 64 tokens: channel lane / 4 + 8 (n / 2 % 2), token 16 (n / 8) + 8 (n / 4
-// % 2) + lane % 4 * 2 + n % 2. Those of a block of 16 tokens, packed in pairs, are the A operand of a product over its
-// tokens.
+// A thread's elements n of a warp's 16 channels x 64 tokens: channel lane / 4 + 8 (n / 2 % 2), token 16 (n / 8) + 8 (n
+// / 4 % 2) + lane % 4 * 2 + n % 2. Those of a block of 16 tokens, packed in pairs, are the A operand of a product over
+// its tokens.
 constexpr int kElements = 32;
 
 __device__ __forceinline__ void math_sync() { cutlass::arch::NamedBarrier::sync(kMathThreads, kMath); }
-
-template <typename T>
-__device__ __forceinline__ void unpack_block(float (&x)[8], const uint32_t* bits) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (std::is_same_v<T, __half>) {
-      __half2 pair;
-      memcpy(&pair, &bits[i], 4);
-      const float2 f = __half22float2(pair);
-      x[2 * i] = f.x;
-      x[2 * i + 1] = f.y;
-    } else {
-      x[2 * i] = __uint_as_float(bits[i] << 16);
-      x[2 * i + 1] = __uint_as_float(bits[i] & 0xffff0000u);
-    }
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack_as(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) return pack_fp16(low, high);
-  return pack_bf16(low, high);
-}
 
 __device__ __forceinline__ void pack_block(uint32_t (&bits)[4], const float* x) {
 #pragma unroll
@@ -163,33 +69,17 @@ __device__ __forceinline__ void pack_block(uint32_t (&bits)[4], const float* x) 
 // One number a token: those of element n's at [n / 4 * 2 + n % 2].
 __device__ __forceinline__ float2 token_pair(uint32_t array, int j) { return load_shared<float2>(array + 32 * j); }
 
-// d[16 x 16] += a[16 x 16] b^T, as two accumulators of 8 columns. b as ldmatrix_x4 reads a row-major 16 x 16 block whose
-// rows are d's columns.
+// d[16 x 16] += a[16 x 16] b^T, as two accumulators of 8 columns. b as ldmatrix_x4 reads a row-major 16 x 16 block
+// whose rows are d's columns.
 __device__ __forceinline__ void multiply_rows(float* d, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-  mma_bf16(*reinterpret_cast<float(*)[4]>(d), a[0], a[1], a[2], a[3], b[0], b[2]);
-  mma_bf16(*reinterpret_cast<float(*)[4]>(d + 4), a[0], a[1], a[2], a[3], b[1], b[3]);
+  mma_bf16(*reinterpret_cast<float (*)[4]>(d), a[0], a[1], a[2], a[3], b[0], b[2]);
+  mma_bf16(*reinterpret_cast<float (*)[4]>(d + 4), a[0], a[1], a[2], a[3], b[1], b[3]);
 }
 
 // The same with b, whose columns are d's columns, as ldmatrix_x4_trans reads it.
 __device__ __forceinline__ void multiply_columns(float* d, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-  mma_bf16(*reinterpret_cast<float(*)[4]>(d), a[0], a[1], a[2], a[3], b[0], b[1]);
-  mma_bf16(*reinterpret_cast<float(*)[4]>(d + 4), a[0], a[1], a[2], a[3], b[2], b[3]);
-}
-
-__device__ __forceinline__ float load_element(const void* base, int64_t i, Dtype dtype) {
-  if (dtype == Dtype::kFloat32) return static_cast<const float*>(base)[i];
-  if (dtype == Dtype::kFloat16) return __half2float(static_cast<const __half*>(base)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[i]);
-}
-
-__device__ __forceinline__ void store_element(void* base, int64_t i, float x, Dtype dtype) {
-  if (dtype == Dtype::kFloat32) {
-    static_cast<float*>(base)[i] = x;
-  } else if (dtype == Dtype::kFloat16) {
-    static_cast<__half*>(base)[i] = __float2half_rn(x);
-  } else {
-    static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(x);
-  }
+  mma_bf16(*reinterpret_cast<float (*)[4]>(d), a[0], a[1], a[2], a[3], b[0], b[1]);
+  mma_bf16(*reinterpret_cast<float (*)[4]>(d + 4), a[0], a[1], a[2], a[3], b[2], b[3]);
 }
 
 // ---- gates
@@ -197,15 +87,15 @@ __device__ __forceinline__ void store_element(void* base, int64_t i, float x, Dt
 // The log decay in units of log2(e), and its derivatives.
 struct Decay {
   Gate mode;
-  float bound;     // lower_bound
-  float rate;      // exp(A_log)
+  float bound;  // lower_bound
+  float rate;   // exp(A_log)
 
   // z = g + dt_bias, or g.
   __device__ __forceinline__ float operator()(float z) const {
-    constexpr float kLowest = -10.f * kLog2e;  // as the forward pass has it
+    constexpr float kLowest = chunk_kda::kLowestLogDecay * kLog2e;
     if (mode == Gate::kBounded) return bound * kLog2e * rcp(1.f + ex2(-rate * kLog2e * z));
     if (mode == Gate::kPrecomputed) return fmaxf(z * kLog2e, kLowest);
-    return fmaxf(-rate * kLog2e * soft(z), kLowest);
+    return fmaxf(-rate * kLog2e * softplus_inline(z), kLowest);
   }
   // The gradients by z and, as `by_rate`, by A_log, where `d` is that by the log decay.
   __device__ __forceinline__ float backward(float z, float d, float& by_rate) const {
@@ -219,224 +109,15 @@ struct Decay {
       return dz;
     }
     if (mode == Gate::kPrecomputed) return d;
-    by_rate = -d * rate * soft(z);
+    by_rate = -d * rate * softplus_inline(z);
     return -d * rate * rcp(1.f + ex2(-z * kLog2e));
   }
-
- private:
-  static __device__ __forceinline__ float soft(float z) {
-    const float e = ex2(-fabsf(z) * kLog2e);
-    // 1 + e loses the low bits of a small e, which are all there is of a slow gate.
-    const float log1p = e < 0.015625f ? fmaf(fmaf(e, 0.33333333f, -0.5f) * e, e, e) : lg2(1.f + e) * 0.69314718f;
-    return fmaxf(z, 0.f) + log1p;
-  }
 };
-
-// ---- items
-
-struct TileInfo {
-  int token;  // first token, in its row of the batch
-  int batch;
-  int valid;  // tokens of the tile that are the sequence's
-  int image;  // tile * value_heads + value head
-};
-
-__device__ __forceinline__ int64_t tiles_in_use(const GradientArguments& a) {
-  const ChunkKdaBwdParams& p = a.p;
-  if (!p.cu_seqlens) return a.tiles_per_sequence * p.sequences;
-  return reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) + a.layout.tile_offsets)[p.sequences];
-}
-
-__device__ __forceinline__ TileInfo read_tile(const GradientArguments& a, int image) {
-  const ChunkKdaBwdParams& p = a.p;
-  const int tile = image / p.value_heads;
-  TileInfo info;
-  info.image = image;
-  if (!p.cu_seqlens) {
-    info.batch = tile / int(a.tiles_per_sequence);
-    info.token = (tile - info.batch * int(a.tiles_per_sequence)) * kTile;
-    info.valid = min(kTile, int(p.tokens) - info.token);
-    return info;
-  }
-  const char* workspace = static_cast<const char*>(p.workspace);
-  const int* tiles = reinterpret_cast<const int*>(workspace + a.layout.tile_offsets);
-  const int* offsets = reinterpret_cast<const int*>(workspace + a.layout.plan +
-                                                    chunk_kda_fwd::workspace_layout(p.sequences).offsets);
-  // The last sequence whose tiles begin at this one or before: the one after it begins later, so it has tiles.
-  int low = 0, high = p.sequences - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (tiles[middle] <= tile) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  info.batch = 0;
-  info.token = offsets[low] + (tile - tiles[low]) * kTile;
-  info.valid = min(kTile, offsets[low + 1] - info.token);
-  return info;
-}
-
-// ---- loader
-
-__device__ __forceinline__ void prefetch(const CUtensorMap* map, int channel, int head, const TileInfo& info) {
-  cute::SM90_TMA_LOAD_4D::PREFETCH::copy(map, channel, info.token, head, info.batch);
-}
-
-template <typename G>
-__device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t* base, GradientBarriers barriers) {
-  using L = GradientLayout<G>;
-  const ChunkKdaBwdParams& p = a.p;
-  const int group = p.value_heads / p.heads;
-  const int images = int(tiles_in_use(a)) * p.value_heads;
-  const char* workspace = static_cast<const char*>(p.workspace);
-  uint32_t parity = 0;
-  for (int image = blockIdx.x, slot = 0; image < images; image += gridDim.x, parity ^= 1, slot ^= 1) {
-    const TileInfo info = read_tile(a, image);
-    const int value_head = image % p.value_heads, head = value_head / group;
-    const auto load = [&](uint32_t destination, const CUtensorMap* map, uint32_t barrier, int of_head) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        tma_load_4d(destination + half * kHalfBytes, map, barrier, half * 64, info.token, of_head, info.batch);
-      }
-    };
-    mbarrier_wait(barriers.free_states(), parity ^ 1);
-    mbarrier_arrive_expect_tx(barriers.full_states(), 2 * kStateBytes + kTensorBytes);
-    const size_t state = size_t(image) * kStateBytes;
-    cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.states + state,
-                                   shared_pointer<uint64_t>(barriers.full_states()),
-                                   shared_pointer(shared + L::kStates), kStateBytes);
-    load(shared + L::kValue, &a.v, barriers.full_states(), value_head);
-    // What comes next has no place yet, but may come as far as L2.
-    for (int part = 0; part < 2; ++part) {
-      prefetch(&a.k, part * 64, head, info);
-      prefetch(&a.q, part * 64, head, info);
-    }
-    for (int part = 0; part < (L::kWideGate ? 4 : 2); ++part)
-      prefetch(&a.g, part * (L::kWideGate ? 32 : 64), value_head, info);
-    cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.state_gradients + state,
-                                   shared_pointer<uint64_t>(barriers.full_states()),
-                                   shared_pointer(shared + L::kStateGradients), kStateBytes);
-
-    mbarrier_wait(barriers.free_tokens(), parity ^ 1);
-    *reinterpret_cast<TileInfo*>(base + L::kInfo + slot * sizeof(TileInfo)) = info;
-    mbarrier_arrive_expect_tx(barriers.full_tokens(), (L::kWideGate ? 4 : 3) * kTensorBytes);
-    load(shared + L::kKey, &a.k, barriers.full_tokens(), head);
-    load(shared + L::kQuery, &a.q, barriers.full_tokens(), head);
-#pragma unroll
-    for (int part = 0; part < (L::kWideGate ? 4 : 2); ++part) {
-      tma_load_4d(shared + L::kWork + part * kHalfBytes, &a.g, barriers.full_tokens(), part * (L::kWideGate ? 32 : 64),
-                  info.token, value_head, info.batch);
-    }
-
-    mbarrier_wait(barriers.free_output(), parity);
-    mbarrier_arrive_expect_tx(barriers.full_output(), kTensorBytes);
-    load(shared + L::kOutputGradient, &a.d_o, barriers.full_output(), value_head);
-  }
-}
-
-// ---- helpers: the small inverses, and the sums over states
-
-// (I + L)^-1 - I of two diagonal blocks (I needs no rounding): lane t % 16 solves X (I + L) = I for row t, in fp32.
-template <typename G>
-__device__ void invert_blocks(const GradientArguments& a, uint32_t shared, int warp) {
-  using L = GradientLayout<G>;
-  const int lane = threadIdx.x % 32, row = lane % 16, block = warp * 2 + lane / 16;
-  const uint32_t system = shared + L::kSolve + block * L::kSolveStride;
-  const int images = int(tiles_in_use(a)) * a.p.value_heads;
-  for (int image = blockIdx.x; image < images; image += gridDim.x) {
-    cutlass::arch::NamedBarrier::sync(kMathThreads + 64, kSystemReady);
-    float x[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] = i == row ? 1.f : 0.f;
-#pragma unroll
-    for (int s = 15; s > 0; --s) {
-#pragma unroll
-      for (int i = 0; i < (s + 3) / 4; ++i) {
-        const float4 v = load_shared<float4>(system + s * 64 + i * 16);
-        const float values[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (4 * i + j < s) x[4 * i + j] = fmaf(-x[s], values[j], x[4 * i + j]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] = i == row ? 0.f : x[i];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint4 packed;
-      packed.x = pack_bf16(x[8 * half], x[8 * half + 1]);
-      packed.y = pack_bf16(x[8 * half + 2], x[8 * half + 3]);
-      packed.z = pack_bf16(x[8 * half + 4], x[8 * half + 5]);
-      packed.w = pack_bf16(x[8 * half + 6], x[8 * half + 7]);
-      store_shared(shared + L::kSystem + block * kBlockBytes + row * 128 +
-                       ((uint32_t(block * 2 + half) ^ (row % 8)) << 4),
-                   packed);
-    }
-    cutlass::arch::NamedBarrier::arrive(kMathThreads + 64, kInverseReady);
-  }
-}
-
-// beta, and colsum(dS' * S): lane c % 16 has channels 8 c to 8 c + 7, half the rows.
-template <typename G>
-__device__ void sum_states(const GradientArguments& a, uint32_t shared, GradientBarriers barriers) {
-  using L = GradientLayout<G>;
-  const int lane = threadIdx.x % 32, chunk = lane % 16, odd = lane / 16;
-  const int images = int(tiles_in_use(a)) * a.p.value_heads;
-  uint32_t parity = 0;
-  for (int image = blockIdx.x, slot = 0, image_count = 0; image < images;
-       image += gridDim.x, parity ^= 1, slot ^= 1, ++image_count) {
-    const ChunkKdaBwdParams& p = a.p;
-    const TileInfo info = read_tile(a, image);
-    for (int token = lane; token < kTile; token += 32) {
-      float beta = 0.f;
-      if (token < info.valid) {
-        beta = load_element(p.beta,
-                            int64_t(info.batch) * p.beta_stride.batch +
-                                int64_t(info.token + token) * p.beta_stride.token +
-                                image % p.value_heads * p.beta_stride.head,
-                            p.beta_dtype);
-        if (p.beta_sigmoid) beta = sigmoid(beta);
-        beta *= p.beta_factor;
-      }
-      // Of three places this is free: the tile that had it is over when the states of the one before this have come.
-      store_shared(shared + L::kBeta + (image_count % 3 * kTile + token) * 4, beta);
-    }
-    mbarrier_arrive(barriers.full_tokens());
-    mbarrier_wait(barriers.full_states(), parity);
-    float sum[8] = {};
-#pragma unroll 4
-    for (int i = 0; i < kHeadDim / 2; ++i) {
-      const int row = 2 * i + odd;
-      const uint32_t address = shared + L::kStates + chunk / 8 * (kStateBytes / 2) + row * 128 +
-                               ((uint32_t(chunk % 8) ^ (row % 8)) << 4);
-      const uint4 x = load_shared<uint4>(address);
-      const uint4 y = load_shared<uint4>(address + L::kStateGradients - L::kStates);
-      const uint32_t s[4] = {x.x, x.y, x.z, x.w}, d[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        sum[2 * c] = fmaf(__uint_as_float(s[c] << 16), __uint_as_float(d[c] << 16), sum[2 * c]);
-        sum[2 * c + 1] = fmaf(__uint_as_float(s[c] & 0xffff0000u), __uint_as_float(d[c] & 0xffff0000u), sum[2 * c + 1]);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < 8; ++c) sum[c] += __shfl_xor_sync(0xffffffffu, sum[c], 16);
-    if (odd == 0) {
-      const uint32_t address = shared + L::kStateSums + slot * 4 * kHeadDim + chunk * 32;
-      store_shared(address, make_float4(sum[0], sum[1], sum[2], sum[3]));
-      store_shared(address + 16, make_float4(sum[4], sum[5], sum[6], sum[7]));
-    }
-    cutlass::arch::NamedBarrier::arrive(kMathThreads + 32, kStateSumsReady);
-    mbarrier_wait(barriers.full_tokens(), parity);  // or the next arrival might count for this tile
-  }
-}
 
 // ---- math
 
-// A step of a butterfly that halves what is carried: lanes with the bit `kMask` keep the upper kCount of x, the others the
-// lower, each with its partner's share.
+// A step of a butterfly that halves what is carried: lanes with the bit `kMask` keep the upper kCount of x, the others
+// the lower, each with its partner's share.
 template <int kCount, int kMask, int kSize>
 __device__ __forceinline__ void add_halves(float (&x)[kSize], int lane) {
   const bool upper = lane & kMask;
@@ -527,16 +208,17 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       bias[1] = p.dt_bias[int64_t(value_head) * kHeadDim + channel + 8];
     }
     mbarrier_wait(barriers.full_tokens(), parity);
-    const Decay decay{
-        kBounded ? Gate::kBounded : p.gate == Gate::kPrecomputed ? Gate::kPrecomputed : Gate::kUnbounded,
-        p.lower_bound, flashkda::exp(A_log)};
+    const Decay decay{kBounded                       ? Gate::kBounded
+                      : p.gate == Gate::kPrecomputed ? Gate::kPrecomputed
+                                                     : Gate::kUnbounded,
+                      p.lower_bound, flashkda::exp(A_log)};
     const uint4 where = load_shared<uint4>(shared + L::kInfo + slot * 16);
     const int valid = int(where.z);
     const uint32_t this_beta = L::kBeta + image_count % 3 * 4 * kTile;
     const int64_t first_row = int64_t(where.y) * p.tokens + where.x;  // of an output, of this tile
 
-    // q and k in place times a power of two that leaves no element above 1; zeros in rows that are not the sequence's. Four
-    // threads a token.
+    // q and k in place times a power of two that leaves no element above 1; zeros in rows that are not the sequence's.
+    // Four threads a token.
     {
       const int token = thread / 4, quarter = thread % 4;
 #pragma unroll 1
@@ -551,7 +233,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         for (int i = 0; i < 4; ++i) {
           const uint4 loaded = load_shared<uint4>(address(i));
           const uint32_t bits[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-          unpack_block<T>(x[i], bits);
+          unpack(x[i], bits, T{});
 #pragma unroll
           for (int c = 0; c < 8; ++c) square = fmaf(x[i][c], x[i][c], square);
         }
@@ -560,27 +242,28 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         // 2^exponent is 1.4 to 2.9 times sqrt(square), or 1 where there is nothing to scale.
         const bool scalable = square > 1e-30f && square < 1e30f;
         const int exponent = scalable ? (__float_as_int(square) >> 24) - 62 : 0;
-        const float unit = __int_as_float((127 - exponent) << 23);
+        const float unit = power_of_two(-exponent);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint32_t bits[4];
 #pragma unroll
           for (int c = 0; c < 8; ++c) x[i][c] = token < valid ? x[i][c] * unit : 0.f;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) bits[c] = pack_as<T>(x[i][2 * c], x[i][2 * c + 1]);
+          for (int c = 0; c < 4; ++c) bits[c] = pack(x[i][2 * c], x[i][2 * c + 1], T{});
           store_shared(address(i), make_uint4(bits[0], bits[1], bits[2], bits[3]));
         }
         if (quarter == 0) {
           float norm = (p.qk_l2norm ? rsqrt(square + 1e-6f) : 1.f) * (which ? 1.f : p.scale);
           if (token >= valid) norm = 0.f;
           const uint32_t factor = shared + (which ? L::kKeyFactor : L::kQueryFactor) + token * 4;
-          store_shared(factor, norm * __int_as_float((127 + exponent) << 23));
+          store_shared(factor, norm * power_of_two(exponent));
           store_shared(factor + L::kKeyUnit - L::kKeyFactor, unit);
         }
       }
     }
 
-    // Cumulative log decays, each thread's where only it reads them; g stays in registers, as fp16 where it had 32 bits.
+    // Cumulative log decays, each thread's where only it reads them; g stays in registers, as fp16 where it had 32
+    // bits.
     uint32_t x_bits[16];
     {
       float carry[2] = {};
@@ -599,7 +282,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
           for (int i = 0; i < 4; ++i) bits[i] = pack_fp16(x[2 * i], x[2 * i + 1]);
         } else {
           ldmatrix_x4_trans(bits, work + mine + b * kBlockBytes);
-          unpack_block<T>(x, bits);
+          unpack(x, bits, T{});
         }
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
@@ -628,10 +311,10 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     math_sync();
 
     // A block of this warp's channels.
-    const auto read_block = [&](float(&x)[8], uint32_t tensor, int b) {
+    const auto read_block = [&](float (&x)[8], uint32_t tensor, int b) {
       uint32_t bits[4];
       ldmatrix_x4_trans(bits, tensor + mine + b * kBlockBytes);
-      unpack_block<T>(x, bits);
+      unpack(x, bits, T{});
     };
     // Times one number a token, of this block.
     const auto times_tokens = [&](float* x, uint32_t array, int b) {
@@ -645,19 +328,19 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         }
       }
     };
-    const auto read_decays = [&](float(&x)[8], int b) {
+    const auto read_decays = [&](float (&x)[8], int b) {
       const float4 low = load_shared<float4>(decays + b * 8192), high = load_shared<float4>(decays + b * 8192 + 4096);
       x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
       x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
     };
     // exp(G - G_at) with sign 1, exp(G_at - G) with sign -1, where `at` is the end of an eighth of the tile.
-    const auto factors = [&](float(&f)[8], const float(&sums)[8], int at, float sign) {
+    const auto factors = [&](float (&f)[8], const float (&sums)[8], int at, float sign) {
       const float from[2] = {sign * load_shared<float>(references + at * 4 * kHeadDim),
                              sign * load_shared<float>(references + at * 4 * kHeadDim + 32)};
 #pragma unroll
       for (int i = 0; i < 8; ++i) f[i] = ex2(fmaf(sign, sums[i], -from[i / 2 % 2]));
     };
-    const auto scaled = [&](uint32_t(&bits)[4], const float(&x)[8], const float(&f)[8]) {
+    const auto scaled = [&](uint32_t (&bits)[4], const float (&x)[8], const float (&f)[8]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) bits[i] = pack_bf16(x[2 * i] * f[2 * i], x[2 * i + 1] * f[2 * i + 1]);
     };
@@ -683,7 +366,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     math_sync();
 
     // Elements of a 16 x 16 product: rows row, row + 8 (i / 2 % 2), columns pair, + 1 (i % 2), + 8 (i / 4).
-    const auto store_block = [&](uint32_t square, int i, int j, const float(&x)[8]) {
+    const auto store_block = [&](uint32_t square, int i, int j, const float (&x)[8]) {
       const uint32_t bits[4] = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
                                 pack_bf16(x[6], x[7])};
       stmatrix_x4(block_of(square, i, j), bits);
@@ -692,7 +375,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       return load_shared<float>(shared + this_beta + (16 * block + row + 8 * half) * 4);
     };
     // Times the factors of q or k in its rows and of k in its columns.
-    const auto times_factors = [&](float(&x)[8], uint32_t rows, int i, int j) {
+    const auto times_factors = [&](float (&x)[8], uint32_t rows, int i, int j) {
       const float low = load_shared<float>(shared + rows + (16 * i + row) * 4);
       const float high = load_shared<float>(shared + rows + (16 * i + row + 8) * 4);
 #pragma unroll
@@ -713,7 +396,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     const int row2 = 2 * diagonal + 1, column2 = 2 * diagonal;
     const uint32_t row_factors = is_N ? L::kKeyFactor : L::kQueryFactor;
     float N_diagonal[8], N_level1[8], N_level2[8] = {};
-    const auto store_score = [&](float(&x)[8], int i, int j) {
+    const auto store_score = [&](float (&x)[8], int i, int j) {
       times_factors(x, row_factors, i, j);
       float y[8];
 #pragma unroll
@@ -815,12 +498,12 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       const int token = thread / 4;
 #pragma unroll 1
       for (int i = 0; i < 4; ++i) {
-        const uint32_t address = tensor + thread / 2 % 2 * kHalfBytes + token * 128 +
-                                 ((uint32_t(thread % 2 * 4 + i) ^ (token % 8)) << 4);
+        const uint32_t address =
+            tensor + thread / 2 % 2 * kHalfBytes + token * 128 + ((uint32_t(thread % 2 * 4 + i) ^ (token % 8)) << 4);
         const uint4 loaded = load_shared<uint4>(address);
         const uint32_t in[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
         float x[8];
-        unpack_block<T>(x, in);
+        unpack(x, in, T{});
         uint32_t out[4];
         pack_block(out, x);
         uint4 bits = convert ? make_uint4(out[0], out[1], out[2], out[3]) : loaded;
@@ -860,7 +543,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       uint32_t v_bits[16];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        ldmatrix_x4_trans(*reinterpret_cast<uint32_t(*)[4]>(v_bits + 4 * b),
+        ldmatrix_x4_trans(*reinterpret_cast<uint32_t (*)[4]>(v_bits + 4 * b),
                           shared + L::kValue + mine + b * kBlockBytes);
       }
       __syncwarp();  // U takes v's place
@@ -868,11 +551,11 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         float v[8];
-        unpack_block<T>(v, v_bits + 4 * b);
+        unpack(v, v_bits + 4 * b, T{});
         times_tokens(to_values + 8 * b, L::kKeyFactor, b);
 #pragma unroll
         for (int i = 0; i < 8; ++i) to_values[8 * b + i] = v[i] - to_values[8 * b + i];
-        pack_block(*reinterpret_cast<uint32_t(*)[4]>(w_bits + 4 * b), to_values + 8 * b);
+        pack_block(*reinterpret_cast<uint32_t (*)[4]>(w_bits + 4 * b), to_values + 8 * b);
         times_tokens(to_values + 8 * b, this_beta, b);
       }
     }
@@ -883,7 +566,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       pack_block(x, to_values + 8 * b);
       float* u = to_values + 8 * b;
       multiply_rows(u, x, inverse);
-      uint32_t(&bits)[4] = *reinterpret_cast<uint32_t(*)[4]>(u_bits + 4 * b);
+      uint32_t (&bits)[4] = *reinterpret_cast<uint32_t (*)[4]>(u_bits + 4 * b);
       pack_block(bits, u);
       stmatrix_x4_trans(shared + L::kValue + mine + b * kBlockBytes, bits);
 #pragma unroll
@@ -936,7 +619,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         multiply_columns(to_updates + 8 * earlier, bits, l);
       }
       float w[8];
-      unpack_block<__nv_bfloat16>(w, w_bits + 4 * b);
+      unpack(w, w_bits + 4 * b, __nv_bfloat16{});
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int n = i / 2 * 4 + i % 2;
@@ -970,13 +653,12 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
                                         s == 0 ? ScaleOut::Zero : ScaleOut::One);
       wgmma_shared<Major::MN, Major::K>(
           d_sum, swizzled_128b(shared + L::kStateGradients + warpgroup * (kStateBytes / 2) + s * kBlockBytes),
-          swizzled_128b(shared + L::kValue + s / 4 * kHalfBytes + s % 4 * 32),
-          s == 0 ? ScaleOut::Zero : ScaleOut::One);
+          swizzled_128b(shared + L::kValue + s / 4 * kHalfBytes + s % 4 * 32), s == 0 ? ScaleOut::Zero : ScaleOut::One);
     }
     cute::warpgroup_commit_batch();
 
     // dN by the warps that have N, with what it adds to dbeta, and dP.
-    const auto store_score_gradient = [&](float(&x)[8], const float(&N)[8], int i, int j, int beta_slot) {
+    const auto store_score_gradient = [&](float (&x)[8], const float (&N)[8], int i, int j, int beta_slot) {
       if (is_N) {
         float sums[2] = {};
 #pragma unroll
@@ -1035,7 +717,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
                                              ((uint32_t(chunk % 8) ^ (token % 8)) << 4));
           const uint32_t in[4] = {x.x, x.y, x.z, x.w};
           float f[8];
-          unpack_block<__nv_bfloat16>(f, in);
+          unpack(f, in, __nv_bfloat16{});
           if (token < valid) {
             *reinterpret_cast<uint4*>(out + token * stride + chunk * 8) =
                 make_uint4(pack_fp16(f[0], f[1]), pack_fp16(f[2], f[3]), pack_fp16(f[4], f[5]), pack_fp16(f[6], f[7]));
@@ -1094,7 +776,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
           ldmatrix_x4_trans(d, block_of(shared + L::kScores, row_block, base + kColumn + c));
           multiply_columns(down[c], q_rows, d);
         }
-        unpack_block<__nv_bfloat16>(x, q_rows);
+        unpack(x, q_rows, __nv_bfloat16{});
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           d_query[n0 + i] = fmaf(f[i], by[i], d_query[n0 + i]);
@@ -1108,7 +790,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
           ldmatrix_x4_trans(d, block_of(shared + L::kSystem, row_block, base + kColumn + c));
           multiply_columns(down[c], k_rows, d);
         }
-        unpack_block<__nv_bfloat16>(x, k_rows);
+        unpack(x, k_rows, __nv_bfloat16{});
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           d_key[n0 + i] = fmaf(f[i], by[i], d_key[n0 + i]);
@@ -1119,7 +801,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       for (int c = 0; c < kCount; ++c) {
         read_decays(sums, base + kColumn + c);
         factors(f, sums, at, -1.f);
-        unpack_block<__nv_bfloat16>(x, columns[c]);
+        unpack(x, columns[c], __nv_bfloat16{});
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int n = 8 * (kColumn + c) + i;
@@ -1171,8 +853,8 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     }
     add_pairs(two, zero, two, 0, 3);
 
-    // What normalisation takes: q . dq and k . dk of each token, summed over this warp's channels: the 8 lanes that hold a
-    // token are left with one of 8 sums each.
+    // What normalisation takes: q . dq and k . dk of each token, summed over this warp's channels: the 8 lanes that
+    // hold a token are left with one of 8 sums each.
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       float k[8], q[8], x[8];
@@ -1209,7 +891,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         const uint4 loaded = load_shared<uint4>(waiting + b * 4096);
         const uint32_t bits[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
         float x[8];
-        unpack_block<std::conditional_t<L::kWideGate, __half, T>>(x, bits);
+        unpack(x, bits, std::conditional_t<L::kWideGate, __half, T>{});
 #pragma unroll
         for (int i = 6; i >= 0; i -= 2) {
           const int half = i / 2 % 2, n = 24 + i, token = 16 * b + i / 4 * 8 + pair;
@@ -1278,7 +960,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
 
     // Out: through shared memory where an element has 16 bits, else from registers, whose 8 channels fill a sector.
     const bool grouped = p.value_heads != p.heads;
-    const auto store_wide = [&](float* to, float(&x)[kElements]) {
+    const auto store_wide = [&](float* to, float (&x)[kElements]) {
       const int64_t stride = int64_t(p.value_heads) * kHeadDim;
       float* out = to + first_row * stride + int64_t(value_head) * kHeadDim + channel;
 #pragma unroll 1
@@ -1291,12 +973,12 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         turn_back(x);
       }
     };
-    const auto store_narrow = [&](uint32_t tensor, const float(&x)[kElements]) {
+    const auto store_narrow = [&](uint32_t tensor, const float (&x)[kElements]) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         uint32_t bits[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bits[i] = pack_as<T>(x[8 * b + 2 * i], x[8 * b + 2 * i + 1]);
+        for (int i = 0; i < 4; ++i) bits[i] = pack(x[8 * b + 2 * i], x[8 * b + 2 * i + 1], T{});
         stmatrix_x4_trans(tensor + mine + b * kBlockBytes, bits);
       }
     };
@@ -1304,7 +986,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     for (int which = 0; which < 2; ++which) {
       const uint32_t totals = shared + L::kTotals + which * 4 * kTile + pair * 4;
       const uint32_t units = shared + (which ? L::kKeyUnit : L::kQueryUnit) + pair * 4;
-      float(&d)[kElements] = which ? d_key : d_query;
+      float (&d)[kElements] = which ? d_key : d_query;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         float x[8];

@@ -61,10 +61,11 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   arguments.segments = plan.segments;
   arguments.segment_chunks = plan.segment_chunks;
   arguments.warm_ups = plan.segments > 1 ? static_cast<int*>(p.workspace) : nullptr;
-  const bool encoded = encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride, kChunk) &&
-                       encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride, kChunk) &&
-                       encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride, kChunk) &&
-                       encode_tiles(&arguments.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride, kChunk);
+  const bool encoded =
+      encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride, kChunk) &&
+      encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride, kChunk) &&
+      encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride, kChunk) &&
+      encode_tiles(&arguments.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride, kChunk);
   if (!encoded) return cudaErrorInvalidValue;
 
   if constexpr (kScans == 1) {

@@ -26,7 +26,8 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// Boxes of `box_tokens` tokens x 128 bytes of one head, in the 128-byte swizzle. Tokens past the end of the tensor read as zero.
+// Boxes of `box_tokens` tokens x 128 bytes of one head, in the 128-byte swizzle. Tokens past the end of the tensor read
+// as zero.
 inline bool encode_tiles(CUtensorMap* map, const void* base, CUtensorMapDataType type, int element_bytes, int batch,
                          int64_t tokens, int heads, const BatchedStrides& stride, int box_tokens) {
   const auto encoder = tensor_map_encoder();
