@@ -1,6 +1,6 @@
 # make demo       train a small language model, prefill, decode: prints tokens/s, writes examples/out/loss.png
 # make test       the test suite (GPU tests run where there is a GPU)
-# make lint       ruff and mypy
+# make lint       ruff, mypy, clang-format, and whether the tables of the docs are those of the results
 # make wheel      a wheel in dist/ for PYTHON, with the CUDA kernels where nvcc is found
 #
 # PYTHON=python3.12   which Python (3.10 or newer)
@@ -9,6 +9,8 @@
 PYTHON ?= python3
 DEMO_ARGS ?=
 TEST_ARGS ?= -n 2
+
+CUDA_SOURCES := $(shell find csrc -type f)
 
 ifdef SYSTEM
   RUN := $(PYTHON)
@@ -33,6 +35,7 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) benchmarks/tables.py --check
+	$(RUN) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(CUDA_SOURCES)
 
 wheel:
 	$(PYTHON) -m pip wheel . --no-deps -w dist
@@ -40,7 +43,7 @@ wheel:
 clean:
 	rm -rf .venv build dist *.egg-info examples/out
 
-.venv/ready: requirements-dev.txt pyproject.toml setup.py $(shell find csrc -type f)
+.venv/ready: requirements-dev.txt pyproject.toml setup.py $(CUDA_SOURCES)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'flashkda_ops needs Python 3.10 or newer')"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -r requirements-dev.txt

@@ -124,26 +124,32 @@ def gradients() -> str:
 
 
 def training() -> str:
-    """A shape and regime a row: forward and backward, this project's, each peer's and their ratio."""
+    """A shape and regime a row: times on the GPU, of this project and of each peer that was measured."""
     record = load("training-h100")
     cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in record["rows"]:
         if "failed" not in row:
             cells.setdefault((row["shape"], row["regime"]), {})[row["impl"]] = row
+    with_fla = any("fla" in impls for impls in cells.values())
     rows = []
     for (shape, regime), impls in cells.items():
-        ours = impls["flashkda_ops"]
+        ours, plain, cudnn, fla = (impls.get(x) for x in ("flashkda_ops", "flashkda_ops (plain)", "cudnn", "fla"))
         line = [shape, regime]
-        for key in ("fwd_us", "bwd_us", "fwd_bwd_us"):
-            line.append(f"{ours[key]:.0f}")
-            line.append(f"{impls['fla'][key]:.0f} ({impls['fla'][key] / ours[key]:.2f}x)" if "fla" in impls else "")
-        plain, peer = impls.get("flashkda_ops (plain)"), impls.get("cudnn")
-        line += [f"{plain['bwd_us']:.0f}", f"{peer['bwd_us']:.0f}"] if plain and peer else ["", ""]
-        line += [f"{impls[impl]['peak_gib']:.2f}" if impl in impls else "" for impl in ("flashkda_ops", "fla")]
+        if ours:
+            line += [f"{ours[key]:.0f}" for key in ("fwd_gpu_us", "bwd_gpu_us", "fwd_bwd_gpu_us")]
+            line += [f"{ours['bwd_gpu_us'] / ours['bwd_floor_us']:.1f}", f"{ours['fwd_bwd_us']:.0f}"]
+            line.append(f"{ours['peak_gib']:.2f}")
+        if with_fla:
+            line.append(f"{fla['fwd_bwd_gpu_us']:.0f}" if fla else "")
+        if plain and cudnn:
+            for key in ("bwd_gpu_us", "fwd_bwd_gpu_us"):
+                line.append(f"{plain[key]:.0f} / {cudnn[key]:.0f} ({cudnn[key] / plain[key]:.2f}x)")
+            line.append(f"{plain['peak_gib']:.2f} / {cudnn['peak_gib']:.2f}")
         rows.append(line)
-    fla = f"fla {record['peers']['fla']}"
-    header = ["shape", "gates", *(x for what in ("forward", "backward", "both") for x in (f"{what}, us", fla))]
-    header += ["backward without fusions, us", f"cuDNN {record['peers']['cudnn']}", "peak, GiB", fla]
+    header = ["shape", "gates", "forward, us", "backward, us", "both, us", "backward over the floor", "both, eager, us"]
+    header += ["peak, GiB", *([f"fla {record['peers']['fla']}, both, us"] if with_fla else [])]
+    cudnn_name = f"ours / cuDNN {record['peers']['cudnn']}"
+    header += [f"no fusions, backward, us: {cudnn_name}", f"both, us: {cudnn_name}", f"peak, GiB: {cudnn_name}"]
     return table(header, rows) + source(record)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("transformers", minversion="5.23")
+import transformers
 from transformers import (
     BailingHybridConfig,
     BailingHybridForCausalLM,

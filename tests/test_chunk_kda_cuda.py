@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -131,6 +132,12 @@ def test_a_malformed_cu_seqlens_is_taken_as_its_clamped_running_maximum(cu: list
     call = kernel_call(100, cu_seqlens=cu)
     safe = torch.tensor(cu, device="cuda").clamp(0, 100).cummax(0).values
     assert all(torch.equal(a, b) for a, b in zip(run(call), run(call | {"cu_seqlens": safe}), strict=True))
+
+
+@pytest.mark.parametrize("lengths", [[70] * 12 + [0] * 20, [1, 0, 17, 0, 5, 0, 70, 0] * 12], ids=["behind", "between"])
+def test_empty_sequences_behind_short_ones_keep_the_pipeline_going(lengths: list[int]) -> None:
+    cu_seqlens = [0, *itertools.accumulate(lengths)]
+    assert max(errors(kernel_call(cu_seqlens[-1], H=16, HV=16, cu_seqlens=cu_seqlens))) < TOLERANCE
 
 
 def test_the_same_bits_on_every_run_and_in_any_batch() -> None:
