@@ -2,10 +2,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "sm90/chunk_kda/plan.cuh"
 #include "sm90/chunk_kda_bwd/config.h"
 #include "sm90/chunk_kda_bwd/launch.h"
 #include "sm90/chunk_kda_bwd/reduce.cuh"
-#include "sm90/chunk_kda_fwd/plan.cuh"
 
 namespace flashkda {
 namespace {
@@ -49,7 +49,7 @@ cudaError_t launch_chunk_kda_bwd(const ChunkKdaBwdParams& p, cudaStream_t stream
     char* workspace = static_cast<char*>(p.workspace);
     int* tile_offsets = reinterpret_cast<int*>(workspace + plan.workspace.tile_offsets);
     const cudaError_t error =
-        chunk_kda_fwd::launch_plan(p, workspace + plan.workspace.plan, tile_offsets, chunk_kda_bwd::kTile, stream);
+        chunk_kda::launch_plan(p, workspace + plan.workspace.plan, tile_offsets, chunk_kda_bwd::kTile, stream);
     if (error != cudaSuccess) return error;
   }
   return p.dtype == Dtype::kBFloat16 ? launch_dtype<__nv_bfloat16>(p, plan, stream)

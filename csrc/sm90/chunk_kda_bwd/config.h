@@ -4,12 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda/config.h"
 
 namespace flashkda::chunk_kda_bwd {
 
-using chunk_kda_fwd::kChunk;
-using chunk_kda_fwd::kHeadDim;
+using chunk_kda::kChunk;
+using chunk_kda::kHeadDim;
 
 // Tokens whose gradients a block works out at once, from the state that enters them and the gradient of the one that
 // leaves. Tiles begin where their sequence does; the last one may have fewer tokens.
@@ -22,7 +22,7 @@ constexpr int kStateBytes = 2 * kHeadDim * kHeadDim;
 
 // The workspace. All parts are 128-byte aligned.
 struct WorkspaceLayout {
-  size_t plan = 0;             // of a packed call: chunk_kda_fwd::WorkspaceLayout
+  size_t plan = 0;             // of a packed call: chunk_kda::PlanLayout
   size_t tile_offsets = 0;     // of a packed call: int32 [sequences + 1], tiles before each sequence
   size_t states = 0;           // [tiles][value_heads][kStateBytes]: entering each tile
   size_t state_gradients = 0;  // [tiles][value_heads][kStateBytes]: of the state leaving each tile
@@ -67,7 +67,7 @@ inline Plan plan(int batch, int sequences, int heads, int value_heads, int64_t t
   const size_t per_head = size_t(batch) * size_t(tokens) * size_t(value_heads) * kHeadDim * sizeof(float);
   WorkspaceLayout& layout = plan.workspace;
   if (has_cu_seqlens) {
-    layout.plan = part(chunk_kda_fwd::workspace_layout(sequences).bytes);
+    layout.plan = part(chunk_kda::plan_layout(sequences).bytes);
     layout.tile_offsets = part(sizeof(int32_t) * (size_t(sequences) + 1));
   }
   layout.states = part(images * kStateBytes);

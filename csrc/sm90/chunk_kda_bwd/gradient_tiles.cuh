@@ -117,7 +117,7 @@ __device__ __forceinline__ TileInfo read_tile(const GradientArguments& a, int im
   const char* workspace = static_cast<const char*>(p.workspace);
   const int* tiles = reinterpret_cast<const int*>(workspace + a.layout.tile_offsets);
   const int* offsets =
-      reinterpret_cast<const int*>(workspace + a.layout.plan + chunk_kda_fwd::workspace_layout(p.sequences).offsets);
+      reinterpret_cast<const int*>(workspace + a.layout.plan + chunk_kda::plan_layout(p.sequences).offsets);
   // The last sequence whose tiles begin at this one or before: the one after it begins later, so it has tiles.
   int low = 0, high = p.sequences - 1;
   while (low < high) {

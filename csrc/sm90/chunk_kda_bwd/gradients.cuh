@@ -48,10 +48,10 @@
 #include "common/hopper.cuh"
 #include "common/math.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
+#include "sm90/chunk_kda/tensor_map.h"
 #include "sm90/chunk_kda_bwd/config.h"
 #include "sm90/chunk_kda_bwd/gradient_tiles.cuh"
 #include "sm90/chunk_kda_bwd/launch.h"
-#include "sm90/chunk_kda_fwd/tensor_map.h"
 
 namespace flashkda::chunk_kda_bwd {
 // A thread's elements n of a warp's 16 channels x 64 tokens: channel lane / 4 + 8 (n / 2 % 2), token 16 (n / 8) + 8 (n
@@ -1066,7 +1066,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 
 template <typename T, typename G, bool kBounded>
 cudaError_t launch_gradients(const ChunkKdaBwdParams& p, const Plan& plan, cudaStream_t stream) {
-  using chunk_kda_fwd::encode_tiles;
+  using chunk_kda::encode_tiles;
   constexpr CUtensorMapDataType type =
       std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   constexpr CUtensorMapDataType g_type = sizeof(G) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : type;

@@ -136,8 +136,7 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constan
   const WorkspaceLayout& layout = arguments.plan.workspace;
   int64_t begin = 0, end = int64_t(p.batch) * p.tokens;
   if (p.cu_seqlens) {
-    const int* offsets =
-        in_workspace<int32_t>(arguments, layout.plan + chunk_kda_fwd::workspace_layout(p.sequences).offsets);
+    const int* offsets = in_workspace<int32_t>(arguments, layout.plan + chunk_kda::plan_layout(p.sequences).offsets);
     begin = offsets[0];
     end = offsets[p.sequences];
     if (p.heads == p.value_heads) {

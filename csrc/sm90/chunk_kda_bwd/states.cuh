@@ -27,10 +27,10 @@
 #include "sm90/chunk_kda/loader.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
+#include "sm90/chunk_kda/tensor_map.h"
 #include "sm90/chunk_kda/transform.cuh"
 #include "sm90/chunk_kda_bwd/config.h"
 #include "sm90/chunk_kda_bwd/launch.h"
-#include "sm90/chunk_kda_fwd/tensor_map.h"
 
 namespace flashkda::chunk_kda_bwd {
 
@@ -78,7 +78,7 @@ __device__ __forceinline__ bool read_item(const StateArguments& arguments, int i
     index -= rank * 2 * p.value_heads;
     item.reverse = index < p.value_heads;
     item.value_head = item.reverse ? index : index - p.value_heads;
-    const chunk_kda_fwd::WorkspaceLayout layout = chunk_kda_fwd::workspace_layout(p.sequences);
+    const chunk_kda::PlanLayout layout = chunk_kda::plan_layout(p.sequences);
     const int* offsets = reinterpret_cast<const int*>(arguments.plan + layout.offsets);
     item.sequence = reinterpret_cast<const int*>(arguments.plan + layout.order)[rank];
     item.batch = 0;
@@ -445,7 +445,7 @@ cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStre
   arguments.tiles_per_sequence = int(plan.tiles_per_sequence);
   arguments.states = workspace + plan.workspace.states;
   arguments.state_gradients = workspace + plan.workspace.state_gradients;
-  using chunk_kda_fwd::encode_tiles;
+  using chunk_kda::encode_tiles;
   const bool encoded =
       encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride, kChunk) &&
       encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride, kChunk) &&

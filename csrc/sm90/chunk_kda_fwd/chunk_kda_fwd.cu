@@ -2,9 +2,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "sm90/chunk_kda/plan.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 #include "sm90/chunk_kda_fwd/launch.h"
-#include "sm90/chunk_kda_fwd/plan.cuh"
 
 namespace flashkda {
 namespace {
@@ -38,7 +38,7 @@ cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& p, cudaStream_t stream
   if (p.dtype == Dtype::kFloat32 || (p.g_dtype != p.dtype && p.g_dtype != Dtype::kFloat32))
     return cudaErrorInvalidValue;
   if (p.cu_seqlens) {
-    const cudaError_t error = chunk_kda_fwd::launch_plan(p, static_cast<char*>(p.workspace), nullptr, 0, stream);
+    const cudaError_t error = chunk_kda::launch_plan(p, static_cast<char*>(p.workspace), nullptr, 0, stream);
     if (error != cudaSuccess) return error;
   }
   return p.dtype == Dtype::kBFloat16 ? launch_dtype<__nv_bfloat16>(p, stream) : launch_dtype<__half>(p, stream);

@@ -24,22 +24,6 @@ struct Plan {
   size_t workspace_bytes;
 };
 
-// The workspace of a packed call: the ticket counter, the cleaned cu_seqlens, and the sequences, longest first.
-struct WorkspaceLayout {
-  size_t ticket = 0;
-  size_t offsets = 0;
-  size_t order = 0;
-  size_t bytes = 0;
-};
-
-constexpr WorkspaceLayout workspace_layout(int sequences) {
-  WorkspaceLayout layout;
-  layout.offsets = 16;
-  layout.order = layout.offsets + sizeof(int32_t) * (size_t(sequences) + 1);
-  layout.bytes = layout.order + sizeof(int32_t) * size_t(sequences);
-  return layout;
-}
-
 // With one_segment, how a sequence is computed depends on nothing but itself.
 inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment, int sm_count) {
   const int64_t items = int64_t(sequences) * value_heads;
@@ -68,7 +52,7 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
     plan.probe_grid = int(probes < sm_count ? probes : sm_count);
     plan.workspace_bytes = sizeof(int32_t) * size_t(items) * size_t(plan.segments);
   }
-  if (has_cu_seqlens) plan.workspace_bytes = workspace_layout(sequences).bytes;
+  if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;
   return plan;
 }
 

@@ -60,7 +60,7 @@ __device__ __forceinline__ Item read_item(const Arguments& arguments, int index)
   item.flags = kFromStart | kToEnd;
   if (p.cu_seqlens) {
     const char* workspace = static_cast<const char*>(p.workspace);
-    const WorkspaceLayout layout = workspace_layout(p.sequences);
+    const chunk_kda::PlanLayout layout = chunk_kda::plan_layout(p.sequences);
     const int* offsets = reinterpret_cast<const int*>(workspace + layout.offsets);
     item.sequence = reinterpret_cast<const int*>(workspace + layout.order)[rank];
     item.batch = 0;

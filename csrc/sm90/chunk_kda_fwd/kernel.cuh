@@ -10,13 +10,13 @@
 
 #include "common/hopper.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
+#include "sm90/chunk_kda/tensor_map.h"
 #include "sm90/chunk_kda/transform.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 #include "sm90/chunk_kda_fwd/items.cuh"
 #include "sm90/chunk_kda_fwd/launch.h"
 #include "sm90/chunk_kda_fwd/probe.cuh"
 #include "sm90/chunk_kda_fwd/scan.cuh"
-#include "sm90/chunk_kda_fwd/tensor_map.h"
 
 namespace flashkda::chunk_kda_fwd {
 

@@ -178,8 +178,8 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
   // Rows outside every sequence.
   if (p.cu_seqlens) {
     cudaGridDependencySynchronize();
-    const int* offsets =
-        reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) + workspace_layout(p.sequences).offsets);
+    const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) +
+                                                      chunk_kda::plan_layout(p.sequences).offsets);
     const int64_t pieces = int64_t(p.value_heads) * (kHeadDim / 8);  // of 16 bytes, a row
     uint4* o = static_cast<uint4*>(p.o);
     const int64_t start = int64_t(blockIdx.x) * (L::kScans * 128) + threadIdx.x;

@@ -8,9 +8,9 @@
 #include <algorithm>
 
 #include "params.h"
-#include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda/config.h"
 
-namespace flashkda::chunk_kda_fwd {
+namespace flashkda::chunk_kda {
 
 // The driver's function, found at run time: the extension links no libcuda.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -47,4 +47,4 @@ inline bool encode_tiles(CUtensorMap* map, const void* base, CUtensorMapDataType
                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-}  // namespace flashkda::chunk_kda_fwd
+}  // namespace flashkda::chunk_kda

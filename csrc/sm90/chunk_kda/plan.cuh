@@ -6,9 +6,9 @@
 #include <cstdint>
 
 #include "params.h"
-#include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda/config.h"
 
-namespace flashkda::chunk_kda_fwd {
+namespace flashkda::chunk_kda {
 
 constexpr int kPlanThreads = 1024;
 constexpr int kLengthClasses = 512;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const Offset* cu_seq
   __shared__ int warp_values[32];
   __shared__ int starts[kLengthClasses];
   cudaTriggerProgrammaticLaunchCompletion();
-  const WorkspaceLayout layout = workspace_layout(sequences);
+  const PlanLayout layout = plan_layout(sequences);
   int* offsets = reinterpret_cast<int*>(workspace + layout.offsets);
   int* order = reinterpret_cast<int*>(workspace + layout.order);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -110,4 +110,4 @@ inline cudaError_t launch_plan(const ChunkKdaParams& p, char* workspace, int* ti
   return cudaGetLastError();
 }
 
-}  // namespace flashkda::chunk_kda_fwd
+}  // namespace flashkda::chunk_kda
