@@ -309,6 +309,19 @@ def test_flas_model_trains_compiled_with_the_results_of_its_naive_path(options: 
     assert all(error(p.grad, g) < 1e-4 for p, g in zip(model.parameters(), gradients, strict=True))
 
 
+def test_a_converted_model_trains_compiled_with_the_results_of_flas_naive_path() -> None:
+    model = small_model()
+    with fla_on_cpu():
+        expected = model(ids(), labels=ids())
+        expected.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    actual = torch.compile(convert(model), fullgraph=True, backend="aot_eager")(ids(), labels=ids())
+    actual.loss.backward()
+    assert error(actual.loss.detach(), expected.loss.detach()) < 1e-6
+    assert all(error(p.grad, g) < 1e-4 for p, g in zip(model.parameters(), gradients, strict=True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True], ids=["fla's cache", "a static cache"])
 def test_flas_model_decodes_compiled_in_few_graphs(static: bool) -> None:
