@@ -695,38 +695,25 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         store_score_gradient(x, N_level2, row2, column2, 3);
       }
     }
-    const auto copy_out = [&](uint32_t tile, void* to) {
+    // Rows of a tensor in shared memory to rows of an output; `from` names the elements' type there.
+    const auto copy_out = [&](uint32_t tensor, void* to, auto from) {
       const int64_t stride = int64_t(p.value_heads) * kHeadDim;
       T* out = static_cast<T*>(to) + first_row * stride + int64_t(value_head) * kHeadDim;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = i * 16 + thread / 16, chunk = thread % 16;
-        uint4 x = load_shared<uint4>(tile + chunk / 8 * kHalfBytes + token * 128 +
+        uint4 x = load_shared<uint4>(tensor + chunk / 8 * kHalfBytes + token * 128 +
                                      ((uint32_t(chunk % 8) ^ (token % 8)) << 4));
+        if constexpr (!std::is_same_v<decltype(from), T>) {
+          const uint32_t bits[4] = {x.x, x.y, x.z, x.w};
+          float f[8];
+          unpack(f, bits, from);
+          x = make_uint4(pack(f[0], f[1], T{}), pack(f[2], f[3], T{}), pack(f[4], f[5], T{}), pack(f[6], f[7], T{}));
+        }
         if (token < valid) *reinterpret_cast<uint4*>(out + token * stride + chunk * 8) = x;
       }
     };
-    if (p.dv) {
-      if constexpr (std::is_same_v<T, __half>) {
-        const int64_t stride = int64_t(p.value_heads) * kHeadDim;
-        T* out = static_cast<T*>(p.dv) + first_row * stride + int64_t(value_head) * kHeadDim;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = i * 16 + thread / 16, chunk = thread % 16;
-          const uint4 x = load_shared<uint4>(work + kTensorBytes + chunk / 8 * kHalfBytes + token * 128 +
-                                             ((uint32_t(chunk % 8) ^ (token % 8)) << 4));
-          const uint32_t in[4] = {x.x, x.y, x.z, x.w};
-          float f[8];
-          unpack(f, in, __nv_bfloat16{});
-          if (token < valid) {
-            *reinterpret_cast<uint4*>(out + token * stride + chunk * 8) =
-                make_uint4(pack_fp16(f[0], f[1]), pack_fp16(f[2], f[3]), pack_fp16(f[4], f[5]), pack_fp16(f[6], f[7]));
-          }
-        }
-      } else {
-        copy_out(work + kTensorBytes, p.dv);
-      }
-    }
+    if (p.dv) copy_out(work + kTensorBytes, p.dv, __nv_bfloat16{});
     cute::warpgroup_wait<0>();
     cutlass::arch::NamedBarrier::sync(kMathThreads + 32, kStateSumsReady);
     math_sync();
@@ -1011,9 +998,9 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       store_narrow(work, d_sum);
     }
     math_sync();
-    if (!grouped && p.dq) copy_out(work + 2 * kTensorBytes, p.dq);
-    if (!grouped && p.dk) copy_out(work + kTensorBytes, p.dk);
-    if (!L::kWideGate && p.dg) copy_out(work, p.dg);
+    if (!grouped && p.dq) copy_out(work + 2 * kTensorBytes, p.dq, T{});
+    if (!grouped && p.dk) copy_out(work + kTensorBytes, p.dk, T{});
+    if (!L::kWideGate && p.dg) copy_out(work, p.dg, T{});
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barriers.free_tokens());
