@@ -12,7 +12,7 @@ import torch
 import flashkda_ops
 from flashkda_ops import cuda
 
-OPS = ("chunk_kda", "chunk_kda_backward", "chunk_kda_paged", "recurrent_kda_paged")
+OPS = ("chunk_kda", "chunk_kda_backward", "chunk_kda_transition", "chunk_kda_paged", "recurrent_kda_paged")
 
 
 @pytest.fixture
