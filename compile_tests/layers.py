@@ -1,11 +1,13 @@
-"""Small layers around the ops, for the compiler to trace."""
+"""Small layers around the ops, for the compiler to trace, and what of the ops is in its graphs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from flashkda_ops import chunk_kda, recurrent_kda_paged
 
@@ -55,3 +57,11 @@ class Decoder(Layer):
             *self.project(x), self.state_pool, state_indices, A_log=self.A_log, dt_bias=self.dt_bias, **self.options
         )
         return o.flatten(2) @ self.out_proj
+
+
+def kda_nodes(*graphs: GraphModule) -> Counter[str]:
+    """How many nodes of each op are in the graphs."""
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    # A mutating op is the first argument of a node that makes it functional.
+    ops = [op for node in nodes for op in (node.target, *node.args[:1]) if isinstance(op, torch._ops.OpOverload)]
+    return Counter(op._opname for op in ops if op.namespace == "flashkda")

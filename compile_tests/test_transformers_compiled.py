@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hf_models import KDA_FUNCTIONS, make_model, modeling, prompts
+from layers import kda_nodes
 from torch._dynamo.testing import AotEagerAndRecordGraphs
-from torch.fx import GraphModule
 from transformers import CompileConfig
 
 from flashkda_ops.integrations import transformers as integration
@@ -22,13 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
 def afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     integration.disable()
-
-
-def kda_nodes(*graphs: GraphModule) -> Counter[str]:
-    nodes = [node for graph in graphs for node in graph.graph.nodes]
-    # A mutating op is the first argument of a node that makes it functional.
-    ops = [op for node in nodes for op in (node.target, *node.args[:1]) if isinstance(op, torch._ops.OpOverload)]
-    return Counter(op._opname for op in ops if op.namespace == "flashkda")
 
 
 def test_a_model_trains_as_one_graph() -> None:

@@ -84,6 +84,19 @@ def make_call(
     return call
 
 
+def kernel_call(T: int, **options: Any) -> Call:
+    """A call on a GPU that the chunk kernels serve."""
+    options = {"K": 128, "V": 128, "dtype": torch.bfloat16, "device": "cuda", "initial_state": True} | options
+    return make_call(T, **options)
+
+
+def random_cu_seqlens(T: int, N: int, generator: torch.Generator) -> Tensor:
+    """``N`` sequences of any lengths, empty ones among them, that end anywhere in ``T`` tokens."""
+    end = int(torch.randint(0, T + 1, (), generator=generator))
+    cuts = torch.randint(0, end + 1, (N - 1,), generator=generator).sort().values
+    return torch.cat((torch.tensor([0]), cuts, torch.tensor([end])))
+
+
 _REFERENCE_ARGS = frozenset(inspect.signature(recurrent_kda_reference).parameters)
 
 
@@ -111,7 +124,8 @@ def requiring_grad(call: Call, names: tuple[str, ...] = DIFFERENTIABLE) -> Call:
 def error(actual: Tensor, expected: Tensor, heads: int | None = None) -> float:
     """``||actual - expected|| / ||expected||``: of the whole tensor, or of the worst head where it is worse."""
     assert actual.shape == expected.shape
-    difference, expected = actual.double() - expected.double(), expected.double()
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = actual - expected
     parts = [(difference, expected)]
     if heads is not None:
         parts += zip(difference.unbind(heads), expected.unbind(heads), strict=True)

@@ -16,7 +16,8 @@ from helpers import (
     TOKENS,
     Call,
     error,
-    make_call,
+    kernel_call,
+    random_cu_seqlens,
     reference,
     requiring_grad,
     use_first_configurations,
@@ -36,11 +37,6 @@ DEFAULTS = {
     "A_log": None, "dt_bias": None, "initial_state": None, "cu_seqlens": None, "scale": None,
     "use_gate_in_kernel": False, "lower_bound": None, "state_v_first": False, "batch_invariant": False,
 }  # fmt: skip
-
-
-def kernel_call(T: int, **options: Any) -> Call:
-    options = {"K": 128, "V": 128, "dtype": torch.bfloat16, "device": "cuda", "initial_state": True} | options
-    return make_call(T, **options)
 
 
 def cotangents(call: Call, seed: int = 7) -> tuple[Tensor, Tensor]:
@@ -448,12 +444,6 @@ def test_compiled_autograd_gives_the_same_gradients(layout: str) -> None:
     with torch._dynamo.config.patch(compiled_autograd=True):
         step()
     assert same_bits([leaves[name].grad for name in DIFFERENTIABLE], expected)
-
-
-def random_cu_seqlens(T: int, N: int, generator: torch.Generator) -> Tensor:
-    end = int(torch.randint(0, T + 1, (), generator=generator))
-    cuts = torch.randint(0, end + 1, (N - 1,), generator=generator).sort().values
-    return torch.cat((torch.tensor([0]), cuts, torch.tensor([end])))
 
 
 @pytest.mark.parametrize(("replays", "T", "N", "HV"), [(50, 1024, 6, 8), (1000, 128, 5, 2)])

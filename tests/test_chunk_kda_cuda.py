@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BETAS, GATES, TOKENS, Call, error, make_call, paged, reference
+from helpers import BETAS, GATES, TOKENS, Call, error, kernel_call, paged, random_cu_seqlens, reference
 
 import flashkda_ops
 from flashkda_ops import cuda
@@ -16,11 +16,6 @@ pytestmark = pytest.mark.gpu
 
 TOLERANCE = 8e-3
 """bf16 operands give about 3.5e-3 over a tensor, and up to twice that in a head whose keys are nearly parallel."""
-
-
-def kernel_call(T: int, **options: Any) -> Call:
-    options = {"K": 128, "V": 128, "dtype": torch.bfloat16, "device": "cuda", "initial_state": True} | options
-    return make_call(T, **options)
 
 
 def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,12 +144,6 @@ def test_the_same_bits_on_every_run_and_in_any_batch() -> None:
     alone |= {"initial_state": call["initial_state"][2:3], "cu_seqlens": None}
     o_alone, state_alone = run(alone)
     assert torch.equal(o[:, 117:317], o_alone) and torch.equal(state[2:3], state_alone)
-
-
-def random_cu_seqlens(T: int, N: int, generator: torch.Generator) -> torch.Tensor:
-    end = int(torch.randint(0, T + 1, (), generator=generator))
-    cuts = torch.randint(0, end + 1, (N - 1,), generator=generator).sort().values
-    return torch.cat((torch.tensor([0]), cuts, torch.tensor([end])))
 
 
 def test_captured_calls_replay_with_any_sequences_interleaved() -> None:
