@@ -93,7 +93,7 @@ def _tokens_reason(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> 
 
 
 def _option_arguments(options: KdaOptions) -> dict[str, Any]:
-    """The options as both kernels take them."""
+    """The options as all kernels take them."""
     gate = _extension().Gate
     bounded = options.lower_bound is not None
     return {

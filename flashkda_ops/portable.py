@@ -34,6 +34,8 @@ __all__ = [
     "chunk_kda_at_offsets",
     "chunk_kda_backward",
     "chunk_kda_transition",
+    "initial_state_gradient",
+    "num_checkpoints",
     "recurrent_kda_paged",
 ]
 

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from flashkda_ops.ops import chunk_kda as _chunk
 from flashkda_ops.ops.rules import autocast
 from flashkda_ops.validation import (
+    INDEX_DTYPES,
     Sizes,
     check_cu_seqlens,
     checks_values,
@@ -470,7 +471,7 @@ def _validate(call: _chunk.Arguments, rank_offsets: Tensor | None, axes: _Axes) 
                 "rank_offsets requires cu_seqlens: the ranks of a dense batch may hold any number of tokens"
             )
         require_shape("rank_offsets", rank_offsets, "R + 1", _size(axes) + 1)
-        require_dtype("rank_offsets", rank_offsets, (torch.int32, torch.int64))
+        require_dtype("rank_offsets", rank_offsets, INDEX_DTYPES)
         require_device("rank_offsets", rank_offsets, call.q)
     return sizes
 

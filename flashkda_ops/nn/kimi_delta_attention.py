@@ -13,7 +13,7 @@ from flashkda_ops.functional import chunk_kda, recurrent_kda_paged
 from flashkda_ops.nn.norm import RMSNormGated
 from flashkda_ops.nn.short_conv import ShortConvolution
 
-__all__ = ["KimiDeltaAttention"]
+__all__ = ["KimiDeltaAttention", "is_fla_layer"]
 
 
 def is_fla_layer(module: nn.Module) -> bool:

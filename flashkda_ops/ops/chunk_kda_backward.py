@@ -12,7 +12,7 @@ from flashkda_ops import cuda, portable
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import require, require_shape, validate_state, validate_tokens
 
-__all__ = ["backward", "op", "setup_context"]
+__all__ = ["Arguments", "backward", "op", "setup_context"]
 
 # output_mask: which gradients to compute, of q, k, v, g, beta, A_log, dt_bias, initial_state. The others are empty.
 SCHEMA = (

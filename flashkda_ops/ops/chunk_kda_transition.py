@@ -20,7 +20,7 @@ from flashkda_ops.validation import (
     validate_tokens,
 )
 
-__all__ = ["op"]
+__all__ = ["Arguments", "op"]
 
 # Returns M and B. With V-first states a sequence that starts from S ends in S M + B, with K-first ones in M S + B.
 SCHEMA = (

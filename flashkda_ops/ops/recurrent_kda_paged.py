@@ -20,7 +20,7 @@ from flashkda_ops.validation import (
     validate_tokens,
 )
 
-__all__ = ["op"]
+__all__ = ["Arguments", "op"]
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state_pool, Tensor state_indices, "
