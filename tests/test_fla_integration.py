@@ -148,7 +148,7 @@ def rejection(caplog: pytest.LogCaptureFixture, function: Any, call: Call) -> st
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"cp_context": object()}, "cp_context: the ops run on one device"),
+        ({"cp_context": object()}, "cp_context: another protocol than"),
         ({"return_intermediate_states": True}, "return_intermediate_states: fla's have another dtype"),
         ({"chunk_size": 16}, "chunk_size must be 32 or 64, got 16"),
         ({"lower_bound": -9.0}, "lower_bound must be in [-5, 0), got -9.0"),

@@ -99,7 +99,7 @@ class _Backend(fla.backends.BaseBackend):  # type: ignore[misc]
     def chunk_kda_verifier(self, *args: Any, **kwargs: Any) -> _Verdict:
         a = _arguments(_CHUNK, args, kwargs)
         if a["cp_context"] is not None:
-            return False, "cp_context: the ops run on one device"
+            return False, "cp_context: another protocol than that of flashkda_ops.distributed"
         if a["return_intermediate_states"]:
             return False, "return_intermediate_states: fla's have another dtype and, with cu_seqlens, another number"
         if a["chunk_size"] not in (32, 64):
