@@ -3,7 +3,8 @@
 ``KDAForCausalLM`` of flash-linear-attention, 4 layers, hidden size 512, 4 heads of 128, bf16. Implementations:
 
 - ``fla``: eager; ``fla compiled``: by ``torch.compile``, which breaks the graph at fla's kernels;
-- ``enable()``: eager, the op through fla's registry of backends;
+- ``enable()``: eager, the ops through fla's registry of backends; on a GPU decode steps stay fla's, which returns new
+  states;
 - ``enable(compile=True)`` and ``convert``: one graph, ``fullgraph=True``; decoded from a static cache in a CUDA graph.
 
 A train step is forward, backward and a fused AdamW. Implementations are measured one after the other, since fla is
