@@ -8,7 +8,9 @@ own. ``eager`` calls the model's functions as they are, ``compiled`` their compi
 * ``burst``: all requests at once; so this is throughput.
 * ``poisson``: random arrivals at half of the rate that eager served the burst at.
 
-    python benchmarks/bench_serving.py
+    python benchmarks/bench_serving.py [--no-compile]
+
+With ``--no-compile`` there is no ``compiled``, and ``captured`` replays CUDA graphs of the functions as they are.
 """
 
 from __future__ import annotations
