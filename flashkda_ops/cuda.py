@@ -70,6 +70,10 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def _loadable(x: Tensor, elements: int = 4) -> Tensor:
     """x, or a copy where its last dimension is not contiguous or not aligned to loads of that many elements."""
     strides = x.stride()
@@ -190,7 +194,7 @@ def recurrent_kda_paged(
             cu_seqlens=_indices(cu_seqlens),
             A_log=_address(A_log),
             dt_bias=_address(dt_bias),
-            sequences=q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            sequences=_sequences(q.shape[0], cu_seqlens),
             tokens=q.shape[1],
             heads=q.shape[2],
             value_heads=v.shape[2],
@@ -271,7 +275,7 @@ def chunk_kda_reason(
     if initial_state is not None and initial_state.dtype != torch.float32:
         return f"initial_state is {initial_state.dtype}: the kernel takes float32"
     batch, tokens, value_heads = v.shape[:3]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = _sequences(batch, cu_seqlens)
     if batch == 0 or tokens == 0 or sequences == 0 or value_heads == 0:
         return "empty tensors"
     if tokens > 2**31 - 64 or sequences * value_heads > 2**31 - 1024:
@@ -317,7 +321,7 @@ def _chunk_params(
         tokens=tokens,
         heads=heads,
         value_heads=v.shape[2],
-        sequences=batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        sequences=_sequences(batch, cu_seqlens),
         dtype=dtypes[q.dtype],
         g_dtype=dtypes[g.dtype],
         beta_dtype=dtypes[beta.dtype],
@@ -348,16 +352,13 @@ def chunk_kda(
     """Launches the prefill kernel on the current stream; writes o and final_state, both dense."""
     device = q.device
     batch, tokens, value_heads = v.shape[:3]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = _sequences(batch, cu_seqlens)
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
     params, _alive = _chunk_params(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, state_v_first)
-    workspace_address = 0
     size = _forward_workspace_bytes(
         sequences, value_heads, tokens, cu_seqlens is not None, batch_invariant, _sm_count(device)
     )
-    if size:
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        workspace_address = workspace.data_ptr()
+    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
     with _current(device):
         _extension().chunk_kda_fwd(
@@ -365,7 +366,7 @@ def chunk_kda(
             o=o.data_ptr(),
             final_state=_address(final_state),
             one_segment=batch_invariant,
-            workspace=workspace_address,
+            workspace=_address(workspace),
             device=device.index,
             stream=torch._C._cuda_getCurrentRawStream(device.index),
         )
@@ -395,7 +396,7 @@ def chunk_kda_backward(
     """
     device = q.device
     batch, tokens, value_heads = v.shape[:3]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = _sequences(batch, cu_seqlens)
     # A copy is freed as this returns, in the order of the current stream, where the kernels run.
     params, _alive = _chunk_params(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, state_v_first)
     do, do_view = _tma_view(v.new_zeros(v.shape) if do is None else do)

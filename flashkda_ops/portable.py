@@ -473,6 +473,11 @@ def _initial_rows(state: Tensor | None, layout: _Layout, x: _Inputs, v_first: bo
     return state.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def _in_layout(states: Tensor, v_first: bool) -> Tensor:
+    """States from K first, as they are computed, to the caller's layout, or back."""
+    return (states.mT if v_first else states).contiguous()
+
+
 def num_checkpoints(T: int, sequences: int, interval: int, *, packed: bool) -> int:
     """Rows of intermediate states a call returns: per sequence when dense, the most there can be when packed."""
     if packed:
@@ -490,7 +495,7 @@ def _checkpoints(layout: _Layout, entering: Tensor, every: int, v_first: bool) -
         kept = layout.used & (layout.position % every == 0)
         row = torch.where(kept, kept.cumsum(0) - 1, NT)
         states = entering.new_zeros(NT + 1, *entering.shape[1:]).index_copy_(0, row, entering)[:NT].unsqueeze(0)
-    return (states.mT if v_first else states).contiguous()
+    return _in_layout(states, v_first)
 
 
 def chunk_kda(
@@ -523,7 +528,7 @@ def chunk_kda(
         o, final = v.new_zeros(v.shape), initial
         entering = None if entering is None else entering.zero_()
     states = None if entering is None else _checkpoints(layout, entering, checkpoint_interval // chunk, state_v_first)
-    return o.to(v.dtype), (final.mT if state_v_first else final).contiguous(), states
+    return o.to(v.dtype), _in_layout(final, state_v_first), states
 
 
 def chunk_kda_at_offsets(
@@ -561,13 +566,13 @@ def chunk_kda_at_offsets(
     begins_sequence = (bounds[:, :-1] == starts).flatten()
     layout.first &= begins_sequence[layout.seq.clamp(max=begins_sequence.shape[0] - 1)]
     x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
-    initial = (initial_state.mT if state_v_first else initial_state).contiguous()
+    initial = _in_layout(initial_state, state_v_first)
     o, after = _forward(layout, x, initial.repeat_interleave(bounds.shape[1] - 1, 0), options)
     # An empty piece leaves what the last one with tokens left, or the initial state, which its own row still holds.
     piece = torch.arange(after.shape[0], device=q.device).view(N, -1)
     latest = torch.where(bounds.diff() > 0, piece, -1).cummax(1).values
     after = after.index_select(0, torch.where(latest >= 0, latest, piece).flatten()).unflatten(0, (N, -1))
-    after = (after.mT if state_v_first else after).contiguous()
+    after = _in_layout(after, state_v_first)
     states = torch.empty_like(after[:, :-1]).scatter_(1, order[..., None, None, None].expand_as(after[:, :-1]), after)
     return o.to(v.dtype).view(B, T, *o.shape[2:]), after[:, -1].contiguous(), states
 
@@ -601,8 +606,8 @@ def chunk_kda_transition(
             chunks.AV = F.pad(chunks.AV, (0, K))
             _scan_forward(chunks, states, c0, rows.new_empty(c1 - c0, layout.batch * HV, K, V + K), None)
         rows = states.result()
-    B, M = (t.mT if state_v_first else t for t in rows.split((V, K), -1))
-    return M.contiguous(), B.contiguous()
+    B, M = (_in_layout(t, state_v_first) for t in rows.split((V, K), -1))
+    return M, B
 
 
 def chunk_kda_backward(
@@ -649,7 +654,7 @@ def chunk_kda_backward(
         ddt_bias = ddt_bias.to(dt_bias.dtype).view(dt_bias.shape)
     dh0 = None
     if initial_state is not None:
-        dh0 = (dstates.result().mT if state_v_first else dstates.result()).contiguous()
+        dh0 = _in_layout(dstates.result(), state_v_first)
     return Gradients(dq, dk, dv, dg, dbeta.squeeze(-1), dA_log, ddt_bias, dh0)
 
 
@@ -678,7 +683,7 @@ def initial_state_gradient(
             dtaken = torch.zeros_like(taken.v) if do is None else layout.take(do, c0, c1)
             chunks = _prepare(layout, _activate(taken, options), options.scale, c0, c1)
             _scan_backward(chunks, _split(layout, dtaken.to(chunks.v.dtype), c0, c1), dstates, c0)
-    return (dstates.result().mT if state_v_first else dstates.result()).contiguous()
+    return _in_layout(dstates.result(), state_v_first)
 
 
 def _segment_backward(
@@ -817,7 +822,7 @@ def recurrent_kda_paged(
     x = _Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
     layout = _layout(q, cu_seqlens, 1)
     initial = read_rows(state_pool, start, valid, state_dtype(q))
-    initial = (initial.mT if state_v_first else initial).contiguous()
+    initial = _in_layout(initial, state_v_first)
     leaving = state_pool.new_empty(layout.chunks, layout.batch * v.shape[2], K, v.shape[3])
     o, _ = _forward(layout, x, initial, options, leaving=leaving)
     leaving = leaving.unflatten(1, (layout.batch, -1)).flatten(0, 1)  # one state a token, [tokens, HV, K, V]

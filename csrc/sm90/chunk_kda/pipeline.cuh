@@ -174,10 +174,9 @@ struct Block {
   __device__ ChunkInfo* infos() const { return reinterpret_cast<ChunkInfo*>(base + L::kFactors + kChunkInfoOffset); }
 };
 
-// One grid of a kernel that runs the pipeline. With overlap the launch need not wait for the kernel before.
-template <auto kKernel, typename Arguments>
-cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
-  // Once a device; again does no harm.
+// Lets a kernel have that much dynamic shared memory: once a device; again does no harm.
+template <auto kKernel>
+cudaError_t allow_shared_bytes(int shared_bytes) {
   static std::atomic<uint64_t> devices{0};
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -188,6 +187,14 @@ cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_byt
     if (error != cudaSuccess) return error;
     devices.fetch_or(bit);
   }
+  return cudaSuccess;
+}
+
+// One grid of a kernel that runs the pipeline. With overlap the launch need not wait for the kernel before.
+template <auto kKernel, typename Arguments>
+cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
+  const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

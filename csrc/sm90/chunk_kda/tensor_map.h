@@ -3,9 +3,11 @@
 
 #include <cuda.h>
 #include <cudaTypedefs.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "params.h"
 #include "sm90/chunk_kda/config.h"
@@ -28,8 +30,13 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 
 // Boxes of `box_tokens` tokens x 128 bytes of one head, in the 128-byte swizzle. Tokens past the end of the tensor read
 // as zero.
-inline bool encode_tiles(CUtensorMap* map, const void* base, CUtensorMapDataType type, int element_bytes, int batch,
-                         int64_t tokens, int heads, const BatchedStrides& stride, int box_tokens) {
+template <typename Element>
+bool encode_tiles(CUtensorMap* map, const void* base, int batch, int64_t tokens, int heads,
+                  const BatchedStrides& stride, int box_tokens) {
+  constexpr int element_bytes = sizeof(Element);
+  constexpr CUtensorMapDataType type = std::is_same_v<Element, float>    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                       : std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto encoder = tensor_map_encoder();
   if (!encoder) return false;
   const cuuint64_t sizes[4] = {kHeadDim, cuuint64_t(std::max<int64_t>(tokens, 1)), cuuint64_t(heads),
@@ -45,6 +52,15 @@ inline bool encode_tiles(CUtensorMap* map, const void* base, CUtensorMapDataType
   return encoder(map, type, 4, const_cast<void*>(base), sizes, strides, box, element_strides,
                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Those of q, k, v and g.
+template <typename T, typename G, typename Arguments>
+bool encode_tokens(Arguments& a, const ChunkKdaParams& p, int box_tokens) {
+  return encode_tiles<T>(&a.q, p.q, p.batch, p.tokens, p.heads, p.q_stride, box_tokens) &&
+         encode_tiles<T>(&a.k, p.k, p.batch, p.tokens, p.heads, p.k_stride, box_tokens) &&
+         encode_tiles<T>(&a.v, p.v, p.batch, p.tokens, p.value_heads, p.v_stride, box_tokens) &&
+         encode_tiles<G>(&a.g, p.g, p.batch, p.tokens, p.value_heads, p.g_stride, box_tokens);
 }
 
 }  // namespace flashkda::chunk_kda

@@ -41,7 +41,6 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
-#include <atomic>
 #include <type_traits>
 
 #include "common/elements.cuh"
@@ -54,6 +53,7 @@
 #include "sm90/chunk_kda_bwd/launch.h"
 
 namespace flashkda::chunk_kda_bwd {
+
 // A thread's elements n of a warp's 16 channels x 64 tokens: channel lane / 4 + 8 (n / 2 % 2), token 16 (n / 8) + 8 (n
 // / 4 % 2) + lane % 4 * 2 + n % 2. Those of a block of 16 tokens, packed in pairs, are the A operand of a product over
 // its tokens.
@@ -100,9 +100,7 @@ struct Decay {
   // The gradients by z and, as `by_rate`, by A_log, where `d` is that by the log decay.
   __device__ __forceinline__ float backward(float z, float d, float& by_rate) const {
     if (mode == Gate::kBounded) {
-      const float e = ex2(-rate * kLog2e * z);
-      const float s = rcp(1.f + e);
-      // s (1 - s), where e may be inf.
+      const float s = rcp(1.f + ex2(-rate * kLog2e * z));
       const float slope = s * (1.f - s);
       const float dz = d * bound * slope * rate;
       by_rate = dz * z;
@@ -110,7 +108,7 @@ struct Decay {
     }
     if (mode == Gate::kPrecomputed) return d;
     by_rate = -d * rate * softplus_inline(z);
-    return -d * rate * rcp(1.f + ex2(-z * kLog2e));
+    return -d * rate * sigmoid(z);
   }
 };
 
@@ -144,27 +142,24 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[8], uint32_t a, int
   }
 }
 
-// Swaps the halves of an array, so that a loop over them need not be unrolled.
-template <typename X, int kCount>
-__device__ __forceinline__ void turn(X (&x)[kCount]) {
+// Swaps the halves of the elements, so that a loop over them need not be unrolled.
+__device__ __forceinline__ void turn(float (&x)[kElements]) {
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
-    const X first = x[i];
-    x[i] = x[i + kCount / 2];
-    x[i + kCount / 2] = first;
+  for (int i = 0; i < kElements / 2; ++i) {
+    const float first = x[i];
+    x[i] = x[i + kElements / 2];
+    x[i + kElements / 2] = first;
   }
 }
 
-// Moves the last of an array's four blocks to its front.
-
-template <typename X, int kCount>
-__device__ __forceinline__ void turn_back(X (&x)[kCount]) {
-  constexpr int kBlock = kCount / kBlocks;
-  X last[kBlock];
+// Moves the last of the four blocks to the front.
+__device__ __forceinline__ void turn_back(float (&x)[kElements]) {
+  constexpr int kBlock = kElements / kBlocks;
+  float last[kBlock];
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) last[i] = x[kCount - kBlock + i];
+  for (int i = 0; i < kBlock; ++i) last[i] = x[kElements - kBlock + i];
 #pragma unroll
-  for (int i = kCount - 1; i >= kBlock; --i) x[i] = x[i - kBlock];
+  for (int i = kElements - 1; i >= kBlock; --i) x[i] = x[i - kBlock];
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) x[i] = last[i];
 }
@@ -394,6 +389,14 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     const int row1 = 2 + diagonal / 2, column1 = diagonal % 2;
     const bool has_level2 = diagonal < 2;
     const int row2 = 2 * diagonal + 1, column2 = 2 * diagonal;
+    // Of a diagonal block: N and its gradient are zero on the diagonal as well.
+    const auto keep_lower = [&](float (&x)[8]) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
+        x[i] = c < r || (c == r && !is_N) ? x[i] : 0.f;
+      }
+    };
     const uint32_t row_factors = is_N ? L::kKeyFactor : L::kQueryFactor;
     float N_diagonal[8], N_level1[8], N_level2[8] = {};
     const auto store_score = [&](float (&x)[8], int i, int j) {
@@ -411,11 +414,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     const uint32_t rows3 = work + (is_N ? 0 : 2 * kTensorBytes), columns3 = work + kTensorBytes;
     multiply_blocks(N_diagonal, rows3 + diagonal * kBlockBytes, kHalfBytes, columns3 + diagonal * kBlockBytes,
                     kHalfBytes, matrix);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
-      N_diagonal[i] = c < r || (c == r && !is_N) ? N_diagonal[i] : 0.f;
-    }
+    keep_lower(N_diagonal);
     times_factors(N_diagonal, row_factors, diagonal, diagonal);
     if (is_N) {
 #pragma unroll
@@ -682,11 +681,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       float x[8];
       multiply_blocks(x, rows + diagonal * kBlockBytes, kHalfBytes, columns + diagonal * kBlockBytes, kHalfBytes,
                       matrix);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = row + i / 2 % 2 * 8, c = pair + i % 2 + i / 4 * 8;
-        x[i] = c < r || (c == r && !is_N) ? x[i] : 0.f;
-      }
+      keep_lower(x);
       store_score_gradient(x, N_diagonal, diagonal, diagonal, 0);
       multiply_blocks(x, rows + row1 * kBlockBytes, kHalfBytes, columns + column1 * kBlockBytes, kHalfBytes, matrix);
       store_score_gradient(x, N_level1, row1, column1, 1 + column1);
@@ -755,34 +750,25 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
         read_block(x, shared + L::kKey, row_block);
         scaled(k_rows, x, f);
         const int n0 = 8 * (kRow + r);
-        float by[8] = {};
+        // With dP for the gradient of q, with dN for that of k.
+        const auto add_rows = [&](uint32_t square, const uint32_t (&rows)[4], float (&gradient)[kElements]) {
+          float by[8] = {};
 #pragma unroll
-        for (int c = 0; c < (kTriangle ? r + 1 : kCount); ++c) {
-          ldmatrix_x4(d, block_of(shared + L::kScores, row_block, base + kColumn + c));
-          multiply_rows(by, columns[c], d);
-          ldmatrix_x4_trans(d, block_of(shared + L::kScores, row_block, base + kColumn + c));
-          multiply_columns(down[c], q_rows, d);
-        }
-        unpack(x, q_rows, __nv_bfloat16{});
+          for (int c = 0; c < (kTriangle ? r + 1 : kCount); ++c) {
+            ldmatrix_x4(d, block_of(square, row_block, base + kColumn + c));
+            multiply_rows(by, columns[c], d);
+            ldmatrix_x4_trans(d, block_of(square, row_block, base + kColumn + c));
+            multiply_columns(down[c], rows, d);
+          }
+          unpack(x, rows, __nv_bfloat16{});
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          d_query[n0 + i] = fmaf(f[i], by[i], d_query[n0 + i]);
-          d_sum[n0 + i] = fmaf(x[i], by[i], d_sum[n0 + i]);
-          by[i] = 0.f;
-        }
-#pragma unroll
-        for (int c = 0; c < (kTriangle ? r + 1 : kCount); ++c) {
-          ldmatrix_x4(d, block_of(shared + L::kSystem, row_block, base + kColumn + c));
-          multiply_rows(by, columns[c], d);
-          ldmatrix_x4_trans(d, block_of(shared + L::kSystem, row_block, base + kColumn + c));
-          multiply_columns(down[c], k_rows, d);
-        }
-        unpack(x, k_rows, __nv_bfloat16{});
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          d_key[n0 + i] = fmaf(f[i], by[i], d_key[n0 + i]);
-          d_sum[n0 + i] = fmaf(x[i], by[i], d_sum[n0 + i]);
-        }
+          for (int i = 0; i < 8; ++i) {
+            gradient[n0 + i] = fmaf(f[i], by[i], gradient[n0 + i]);
+            d_sum[n0 + i] = fmaf(x[i], by[i], d_sum[n0 + i]);
+          }
+        };
+        add_rows(shared + L::kScores, q_rows, d_query);
+        add_rows(shared + L::kSystem, k_rows, d_key);
       }
 #pragma unroll
       for (int c = 0; c < kCount; ++c) {
@@ -1053,35 +1039,19 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 
 template <typename T, typename G, bool kBounded>
 cudaError_t launch_gradients(const ChunkKdaBwdParams& p, const Plan& plan, cudaStream_t stream) {
-  using chunk_kda::encode_tiles;
-  constexpr CUtensorMapDataType type =
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  constexpr CUtensorMapDataType g_type = sizeof(G) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : type;
   constexpr int kBytes = GradientLayout<G>::kBytes;
-  const auto kernel = gradients_kernel<T, G, kBounded>;
+  constexpr auto kKernel = gradients_kernel<T, G, kBounded>;
   GradientArguments a;
   a.p = p;
   a.tiles_per_sequence = plan.tiles_per_sequence;
   a.layout = plan.workspace;
-  if (!encode_tiles(&a.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride, kTile) ||
-      !encode_tiles(&a.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride, kTile) ||
-      !encode_tiles(&a.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride, kTile) ||
-      !encode_tiles(&a.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride, kTile) ||
-      !encode_tiles(&a.d_o, p.d_o, type, 2, p.batch, p.tokens, p.value_heads, p.d_o_stride, kTile)) {
+  if (!chunk_kda::encode_tokens<T, G>(a, p, kTile) ||
+      !chunk_kda::encode_tiles<T>(&a.d_o, p.d_o, p.batch, p.tokens, p.value_heads, p.d_o_stride, kTile)) {
     return cudaErrorInvalidValue;
   }
-  // Once a device; again does no harm.
-  static std::atomic<uint64_t> devices{0};
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  const cudaError_t error = chunk_kda::allow_shared_bytes<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
-  const uint64_t bit = uint64_t(1) << (device % 64);
-  if (device >= 64 || !(devices.load() & bit)) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (error != cudaSuccess) return error;
-    devices.fetch_or(bit);
-  }
-  kernel<<<plan.gradient_grid, kGradientThreads, kBytes, stream>>>(a);
+  kKernel<<<plan.gradient_grid, kGradientThreads, kBytes, stream>>>(a);
   return cudaGetLastError();
 }
 

@@ -434,9 +434,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, typename G, bool kBounded, int kScans>
 cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStream_t stream) {
-  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  constexpr CUtensorMapDataType type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  constexpr CUtensorMapDataType g_type = sizeof(G) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : type;
   char* workspace = static_cast<char*>(p.workspace);
   StateArguments arguments;
   arguments.p = p;
@@ -445,13 +442,9 @@ cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStre
   arguments.tiles_per_sequence = int(plan.tiles_per_sequence);
   arguments.states = workspace + plan.workspace.states;
   arguments.state_gradients = workspace + plan.workspace.state_gradients;
-  using chunk_kda::encode_tiles;
   const bool encoded =
-      encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride, kChunk) &&
-      encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride, kChunk) &&
-      encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride, kChunk) &&
-      encode_tiles(&arguments.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride, kChunk) &&
-      encode_tiles(&arguments.d_o, p.d_o, type, 2, p.batch, p.tokens, p.value_heads, p.d_o_stride, kChunk);
+      chunk_kda::encode_tokens<T, G>(arguments, p, kChunk) &&
+      chunk_kda::encode_tiles<T>(&arguments.d_o, p.d_o, p.batch, p.tokens, p.value_heads, p.d_o_stride, kChunk);
   if (!encoded) return cudaErrorInvalidValue;
   const bool overlap = p.cu_seqlens;  // with the plan
   return launch_pipeline<chunk_kda_states_kernel<T, G, kBounded, kScans>>(

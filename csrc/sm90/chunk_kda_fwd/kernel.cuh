@@ -52,21 +52,13 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
 
 template <typename T, typename G, bool kBounded, int kScans>
 cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t stream) {
-  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  constexpr CUtensorMapDataType type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  constexpr CUtensorMapDataType g_type = sizeof(G) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : type;
   constexpr int kBytes = Layout<G, kScans, kOutputBytes>::kBytes;
   Arguments arguments;
   arguments.p = p;
   arguments.segments = plan.segments;
   arguments.segment_chunks = plan.segment_chunks;
   arguments.warm_ups = plan.segments > 1 ? static_cast<int*>(p.workspace) : nullptr;
-  const bool encoded =
-      encode_tiles(&arguments.q, p.q, type, 2, p.batch, p.tokens, p.heads, p.q_stride, kChunk) &&
-      encode_tiles(&arguments.k, p.k, type, 2, p.batch, p.tokens, p.heads, p.k_stride, kChunk) &&
-      encode_tiles(&arguments.v, p.v, type, 2, p.batch, p.tokens, p.value_heads, p.v_stride, kChunk) &&
-      encode_tiles(&arguments.g, p.g, g_type, sizeof(G), p.batch, p.tokens, p.value_heads, p.g_stride, kChunk);
-  if (!encoded) return cudaErrorInvalidValue;
+  if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
 
   if constexpr (kScans == 1) {
     if (plan.segments > 1) {
