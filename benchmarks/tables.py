@@ -156,7 +156,7 @@ def training() -> str:
 def train_step() -> str:
     record = load("train_step-h100")
     rows = [
-        [row["impl"], f"{row['step_us']:.0f}", f"{row['tokens_s']:,}"]
+        [row["impl"], *((f"{row['step_us']:.0f}", f"{row['tokens_s']:,}") if "step_us" in row else ("", ""))]
         + [f"{row[key]:.1e}" if key in row else "" for key in ("loss_difference", "loss_difference_at_a_step")]
         for row in record["rows"]
     ]
