@@ -32,7 +32,7 @@ from flashkda_ops import cuda
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from kda_lm import Config, KdaLM, Sequences
-from train_and_generate import GPU_PLAN, Batch, captured, make_train_step, packed, schedule, standard_library
+from train_and_generate import GPU_PLAN, Batch, CapturedStep, make_train_step, packed, schedule, standard_library
 
 DEVICE = torch.device("cuda")
 STEPS_PER_SAMPLE = 10
@@ -99,7 +99,7 @@ def train(impl: str, inputs: Iterator[tuple[Tensor, ...]]) -> tuple[Step, list[f
     step = make_step(impl)
     losses = [step(*first)]
     if "captured" in impl:
-        step = captured(step, *first)
+        step = CapturedStep(step, *first)
     losses += [step(*x) for x in inputs]
     return step, [float(loss) for loss in losses]
 

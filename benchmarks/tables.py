@@ -140,14 +140,17 @@ def training() -> str:
             line += [f"{ours['bwd_gpu_us'] / ours['bwd_floor_us']:.1f}", f"{ours['fwd_bwd_us']:.0f}"]
             line.append(f"{ours['peak_gib']:.2f}")
         if with_fla:
-            line.append(f"{fla['fwd_bwd_gpu_us']:.0f}" if fla else "")
+            for key, digits in (("bwd_gpu_us", 0), ("fwd_bwd_gpu_us", 0), ("fwd_bwd_us", 0), ("peak_gib", 2)):
+                line.append(f"{fla[key]:.{digits}f} ({fla[key] / ours[key]:.1f}x)" if fla and ours else "")
         if plain and cudnn:
             for key in ("bwd_gpu_us", "fwd_bwd_gpu_us"):
                 line.append(f"{plain[key]:.0f} / {cudnn[key]:.0f} ({cudnn[key] / plain[key]:.2f}x)")
             line.append(f"{plain['peak_gib']:.2f} / {cudnn['peak_gib']:.2f}")
         rows.append(line)
     header = ["shape", "gates", "forward, us", "backward, us", "both, us", "backward over the floor", "both, eager, us"]
-    header += ["peak, GiB", *([f"fla {record['peers']['fla']}, both, us"] if with_fla else [])]
+    header.append("peak, GiB")
+    if with_fla:
+        header += [f"fla {record['peers']['fla']}: {what}" for what in ("backward", "both", "both, eager", "peak")]
     cudnn_name = f"ours / cuDNN {record['peers']['cudnn']}"
     header += [f"no fusions, backward, us: {cudnn_name}", f"both, us: {cudnn_name}", f"peak, GiB: {cudnn_name}"]
     return table(header, rows) + source(record)

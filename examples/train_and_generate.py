@@ -152,23 +152,25 @@ def make_train_step(model: KdaLM, compile: Compile) -> Callable[..., Tensor]:
     return train_step
 
 
-def captured(train_step: Callable[..., Tensor], *example: Tensor) -> Callable[..., Tensor]:
+class CapturedStep:
     """The same step replayed from a CUDA graph, optimizer included. It must have run before, to be compiled and warm.
 
     A replay reads its inputs where ``example`` lies during the capture; ``cu_seqlens`` among them may change freely.
     """
-    inputs = [x.clone() for x in example]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = train_step(*inputs)
 
-    def replay(*arguments: Tensor) -> Tensor:
-        for static, x in zip(inputs, arguments, strict=True):
+    def __init__(self, train_step: Callable[..., Tensor], *example: Tensor) -> None:
+        # The step holds the parameters and the optimizer's state: the graph writes to them, but keeps nothing alive.
+        self._step = train_step
+        self._inputs = [x.clone() for x in example]
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = train_step(*self._inputs)
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        for static, x in zip(self._inputs, arguments, strict=True):
             static.copy_(x)
-        graph.replay()
-        return loss.clone()
-
-    return replay
+        self._graph.replay()
+        return self._loss.clone()
 
 
 def schedule(step: int, plan: Plan) -> float:
@@ -187,20 +189,24 @@ class Decoder:
 
     def __init__(self, decode: Callable[..., Tensor], rows: Tensor, temperature: Tensor) -> None:
         self.tokens = torch.zeros_like(rows)  # static: a captured graph reads and writes this very tensor
-        self._advance: Callable[[], object] = lambda: self.tokens.copy_(decode(self.tokens, rows, temperature))
+        self._decode: Callable[[], object] = lambda: self.tokens.copy_(decode(self.tokens, rows, temperature))
+        self._advance = self._decode
         self._device = rows.device
 
     def capture(self) -> None:
-        """From here on a call replays a CUDA graph. Warms up on a side stream first, as capture requires."""
+        """From here on a call replays a CUDA graph. Warms up on a side stream first, as capture requires.
+
+        ``_decode`` stays: the graph keeps nothing alive of what it reads.
+        """
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self._advance()
+                self._decode()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._advance()
+            self._decode()
         self._advance = graph.replay
 
     def generate(self, first: Tensor, count: int, bar: str | None = None) -> tuple[Tensor, float]:
@@ -330,7 +336,7 @@ def train(model: KdaLM, plan: Plan, compile: Compile, seed: int, device: torch.d
     before, start = evaluate(), time.perf_counter()
     losses = [train_step(*next(batches), *scalars[0])]
     if device.type == "cuda":
-        train_step = captured(train_step, *next(batches), *scalars[0])
+        train_step = CapturedStep(train_step, *next(batches), *scalars[0])
     synchronize(device)
     print(f"train step compiled in {time.perf_counter() - start:.0f} s")
 
