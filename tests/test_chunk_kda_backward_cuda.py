@@ -171,12 +171,12 @@ def test_gradients_of_gate_parameters_have_their_shape_and_dtype() -> None:
     assert same_bits(narrow[5:7], [x.bfloat16() for x in wide[5:7]])
 
 
-def regime(name: str, T: int, H: int) -> Call:
+def regime(name: str, T: int, H: int, seed: int) -> Call:
     """A call whose options fla shares, in one of the regimes of gates and keys."""
     slow_heads = {"fast gates": 0, "mixed gates": H // 2, "unbounded, mixed gates": H // 2}.get(name, H)
     call = kernel_call(
         T, H=H, HV=H, slow_heads=slow_heads, gate="unbounded" if name.startswith("unbounded") else "bounded",
-        beta="negative eigenvalues" if name.startswith("alpha near 1") else "sigmoid",
+        beta="negative eigenvalues" if name.startswith("alpha near 1") else "sigmoid", seed=seed,
     )  # fmt: skip
     if name.startswith("nearly parallel keys"):
         generator = torch.Generator().manual_seed(1)
@@ -198,27 +198,32 @@ def fla_chunk_kda() -> Callable[..., Any]:
 def test_no_gradient_is_further_from_the_reference_than_1_1_times_flas() -> None:
     """All regimes in one test: fla's kernels take long to compile."""
     fla = fla_chunk_kda()
-    worse = {}
-    for name, T in (
-        ("fast gates", 2048),
-        ("slow gates", 2048),
-        ("mixed gates", 2048),
-        ("unbounded, mixed gates", 2048),
-        ("nearly parallel keys, slow gates", 1024),
-        ("alpha near 1, beta near 2", 1024),
-    ):
-        call = regime(name, T, 8)
-        do, dht = cotangents(call)
-        expected = exact_gradients(call, do, dht)
+
+    def gradients(call: Call, seed: int) -> list[tuple[Tensor, ...]]:
+        """Ours, fla's and the reference's, flat, of each argument."""
+        do, dht = cotangents(call, seed)
         leaves = requiring_grad(call | {"dt_bias": call["dt_bias"].flatten()})
         outputs = fla(**leaves, output_final_state=True, safe_gate=call["lower_bound"] is not None)
-        fla_grads = torch.autograd.grad(outputs, [leaves[x] for x in DIFFERENTIABLE], (do, dht))
-        for argument, ours, theirs in zip(DIFFERENTIABLE, run(call, do, dht), fla_grads, strict=True):
-            exact = expected[argument]
-            measured = error(ours, exact), error(theirs.view_as(exact), exact)
-            # One number a head, whose terms cancel here: 0.058 and 0.027 were measured.
-            limit = 2.5 if (name, argument) == ("alpha near 1, beta near 2", "A_log") else 1.1
-            if not measured[0] <= limit * measured[1]:
+        flas = torch.autograd.grad(outputs, [leaves[x] for x in DIFFERENTIABLE], (do, dht))
+        of_all = zip(run(call, do, dht), flas, exact_gradients(call, do, dht).values(), strict=True)
+        return [tuple(x.flatten() for x in grads) for grads in of_all]
+
+    worse = {}
+    for name, T, calls in (
+        ("fast gates", 2048, 1),
+        ("slow gates", 2048, 1),
+        ("mixed gates", 2048, 1),
+        ("unbounded, mixed gates", 2048, 1),
+        ("nearly parallel keys, slow gates", 1024, 1),
+        # A_log has one number a head, whose terms cancel here: what is left of their rounding differs by twice from one
+        # set of 8 heads to another, in either implementation.
+        ("alpha near 1, beta near 2", 1024, 8),
+    ):
+        found = [gradients(regime(name, T, 8, seed), 7 + seed) for seed in range(calls)]
+        for argument, of_calls in zip(DIFFERENTIABLE, zip(*found, strict=True), strict=True):
+            ours, theirs, exact = (torch.cat(grads) for grads in zip(*of_calls, strict=True))
+            measured = error(ours, exact), error(theirs, exact)
+            if not measured[0] <= 1.1 * measured[1]:
                 worse[name, argument] = measured
     assert not worse
 

@@ -41,11 +41,12 @@ struct GateFunction {
 };
 
 // A warp's chunks, from the `warp`th in steps of as many as there are transform warps. Of kStates, the way forward
-// needs no q, and the way back leaves P where the others have PA.
+// needs no q, and the way back leaves P where the others have PA; the inverse leaves as A, not AU.
 template <typename T, typename L, bool kBounded, Pass kPass>
 __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
                           int warp) {
   constexpr bool kProbe = kPass == Pass::kProbe;
+  constexpr bool kUnitInverse = kPass == Pass::kStates;
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
   const int pair = lane % 4 * 2;  // and pair + 1, + 8, + 9: its channels, or tokens where those are summed over
@@ -298,15 +299,20 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     }
     float column_norm[4];  // of tokens pair, pair + 1, pair + 8, pair + 9
 #pragma unroll
-    for (int i = 0; i < 4; ++i) column_norm[i] = __shfl_sync(0xffffffffu, k_inverse_norm[i / 2], 4 * (pair + i % 2));
-    float row_beta[2];
+    for (int i = 0; i < 4; ++i) {
+      column_norm[i] = kUnitInverse ? 1.f : __shfl_sync(0xffffffffu, k_inverse_norm[i / 2], 4 * (pair + i % 2));
+    }
+    float row_beta[2];  // of kStates over n_k
 #pragma unroll
-    for (int i = 0; i < 2; ++i) row_beta[i] = __shfl_sync(0xffffffffu, beta, row + 8 * i);
+    for (int i = 0; i < 2; ++i) {
+      row_beta[i] = __shfl_sync(0xffffffffu, beta, row + 8 * i);
+      if constexpr (kUnitInverse) row_beta[i] *= k_inverse_norm[i];
+    }
     if (lane % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t token = (row + 8 * i) * 4;
-        const float value_scale = kProbe ? sqrtf(kd_squares[i]) : reverse ? k_norm[i] : k_norm[i] * up_scale;
+        const float value_scale = kProbe ? sqrtf(kd_squares[i]) : k_norm[i] * up_scale;
         store_shared(factors + kValueScaleOffset + token, value_scale);
         store_shared(factors + kOutputScaleOffset + token, q_inverse_norm[i] * down_scale * p.scale);
         store_shared(factors + kColumnScaleOffset + token, row_beta[i] * k_inverse_norm[i] * down_scale);
@@ -315,7 +321,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
 
     // Both systems X (I + L) = R at once: lane t < 16 has row t of diag(1/n_k), lane 16 + t row t of P diag(1/n_k), and
     // as X they hold rows of AU and PA but for the scale a column. In reverse the upper lanes keep theirs. Rows of P
-    // travel through the scratch first, then L stays there.
+    // travel through the scratch first, then L stays there. Of kStates R has no norms, and the scan scales columns.
     const uint32_t scratch = factors + kSolveOffset;
     const bool keeps_rows = reverse && lane >= 16;
     const bool low0 = pair < row, low1 = pair + 1 < row;
@@ -334,10 +340,15 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     __syncwarp();
     float x[16];
     {
-      const int t = lane % 16;
-      const float from_low = __shfl_sync(0xffffffffu, k_inverse_norm[0], t % 8 * 4);
-      const float from_high = __shfl_sync(0xffffffffu, k_inverse_norm[1], t % 8 * 4);
-      const float inverse_norm = t < 8 ? from_low : from_high;
+      uint32_t t = lane % 16;
+      float inverse_norm = 1.f;
+      if constexpr (kUnitInverse) {
+        keep(t);  // or rows of the identity are kept in registers from chunk to chunk
+      } else {
+        const float from_low = __shfl_sync(0xffffffffu, k_inverse_norm[0], t % 8 * 4);
+        const float from_high = __shfl_sync(0xffffffffu, k_inverse_norm[1], t % 8 * 4);
+        inverse_norm = t < 8 ? from_low : from_high;
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float4 v = load_shared<float4>(scratch + t * 64 + i * 16);
@@ -394,12 +405,12 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       __syncwarp();
       if (lane == 0) store_shared(factors + kDecayOffset, 1.02f * (largest_decay + sum));
     }
-    // Where rows of P diag(1/n_k) were kept, they leave as P and lifted, as Qd is: what both meet, dO', is lowered.
-    const uint32_t column_scale = factors + (keeps_rows ? kValueScaleOffset : kColumnScaleOffset);
+    // Where rows of P were kept, they leave lifted, as Qd is: what both meet, dO', is lowered.
     uint32_t packed[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float4 v = load_shared<float4>(column_scale + i * 16);
+      float4 v = make_float4(1.f, 1.f, 1.f, 1.f);
+      if constexpr (!kUnitInverse) v = load_shared<float4>(factors + kColumnScaleOffset + i * 16);
       packed[2 * i] = pack_bf16(x[4 * i] * v.x, x[4 * i + 1] * v.y);
       packed[2 * i + 1] = pack_bf16(x[4 * i + 2] * v.z, x[4 * i + 3] * v.w);
     }

@@ -3,17 +3,17 @@
 //
 // Forward, the states as prefill computes them, without o:
 //
-//   W  = V n_k - Kd S^T
-//   U  = AU W
+//   W  = c (V n_k - Kd S^T)
+//   U  = A W
 //   S' = S d + U^T Kr
 //
 // In reverse, their gradients. With dO' = dO scale / n_q:
 //
 //   E  = Kr dS'^T + P^T dO'          (n_k times the gradient of U)
-//   D  = AU^T E                      (that of W over n_k)
+//   D  = c A^T E                     (that of W over n_k)
 //   dS = dS' d + dO'^T Qd - D^T Kd
 //
-// Everything is transposed. Lifts (kLift) are in Kd, Qd and P; AU and dO' carry their inverse.
+// Everything is transposed. Lifts (kLift) are in Kd, Qd and P; c and dO' carry their inverse.
 #pragma once
 
 #include <cuda.h>
@@ -250,6 +250,10 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
 #pragma unroll
       for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
     };
+    const auto pack_scaled = [](uint32_t (&packed)[4], const float (&x)[8], const float2(&scale)[2]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(x[2 * i] * scale[i / 2].x, x[2 * i + 1] * scale[i / 2].y);
+    };
     const auto load_half_decays = [&](float4(&d)[4], int half) {
       load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
     };
@@ -284,6 +288,7 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
       scale_d_o(load_d_o());
       find_operands(true);
       for (int left = chunks; left > 0; --left) {
+        const uint32_t column_scale = pair_factors + cursor.stage * kFactorBytes + kColumnScaleOffset;
         const uint32_t empty = barriers.empty(cursor.stage);
         cursor.advance(1);
         float e[8], d[8];
@@ -305,9 +310,10 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         cute::warpgroup_arrive();
         wgmma<Major::MN>(d, packed, system, ScaleOut::Zero);
         cute::warpgroup_commit_batch();
+        const float2 c[2] = {load_shared<float2>(column_scale), load_shared<float2>(column_scale + 32)};
         cute::warpgroup_wait<0>();
 
-        pack(packed, d);
+        pack_scaled(packed, d, c);
         cute::warpgroup_arrive();
         wgmma<Major::MN>(state[0], packed, moved(tiles, kKeyOffset));
         cute::warpgroup_commit_batch();
@@ -354,15 +360,18 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         ldmatrix_x4_trans(v_bits, v_address);
         const float2 v_scale[2] = {load_shared<float2>(factors + kValueScaleOffset),
                                    load_shared<float2>(factors + kValueScaleOffset + 32)};
+        const float2 c[2] = {load_shared<float2>(factors + kColumnScaleOffset),
+                             load_shared<float2>(factors + kColumnScaleOffset + 32)};
         float v[8];
         unpack(v, v_bits, T{});
         cute::warpgroup_wait<0>();
 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          packed[i] =
-              pack_bf16(fmaf(v[2 * i], v_scale[i / 2].x, w[2 * i]), fmaf(v[2 * i + 1], v_scale[i / 2].y, w[2 * i + 1]));
+          w[2 * i] = fmaf(v[2 * i], v_scale[i / 2].x, w[2 * i]);
+          w[2 * i + 1] = fmaf(v[2 * i + 1], v_scale[i / 2].y, w[2 * i + 1]);
         }
+        pack_scaled(packed, w, c);
         cute::warpgroup_arrive();
         wgmma<Major::K>(u, packed, system, ScaleOut::Zero);
         cute::warpgroup_commit_batch();
