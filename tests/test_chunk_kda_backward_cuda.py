@@ -215,8 +215,8 @@ def test_no_gradient_is_further_from_the_reference_than_1_1_times_flas() -> None
         ("mixed gates", 2048, 1),
         ("unbounded, mixed gates", 2048, 1),
         ("nearly parallel keys, slow gates", 1024, 1),
-        # A_log has one number a head, whose terms cancel here: what is left of their rounding differs by twice from one
-        # set of 8 heads to another, in either implementation.
+        # A_log has one number a head, whose terms cancel here: what is left of their rounding differs several times
+        # over from one set of 8 heads to another, in either implementation.
         ("alpha near 1, beta near 2", 1024, 8),
     ):
         found = [gradients(regime(name, T, 8, seed), 7 + seed) for seed in range(calls)]
