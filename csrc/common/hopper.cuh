@@ -207,6 +207,15 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t* a, cute::G
                         cute::make_int_sequence<32>{}, &scale, cute::int_sequence<0>{});
 }
 
+// D[64 x 64] += A[64 x 16] B[16 x 64], fp16.
+template <cute::SM90::GMMA::Major kMajor>
+__device__ __forceinline__ void wgmma_fp16(float (&d)[32], const uint32_t* a, cute::GmmaDescriptor b) {
+  using Mma = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, kMajor>;
+  const auto scale = cute::SM90::GMMA::ScaleOut::One;
+  cute::detail::explode(Mma::fma, a, cute::make_int_sequence<4>{}, &b.desc_, cute::int_sequence<0>{}, d,
+                        cute::make_int_sequence<32>{}, &scale, cute::int_sequence<0>{});
+}
+
 // D[64 x 64] (+)= A[64 x 16] B[16 x 64], both in shared memory.
 template <cute::SM90::GMMA::Major kMajorA, cute::SM90::GMMA::Major kMajorB>
 __device__ __forceinline__ void wgmma_shared(float (&d)[32], cute::GmmaDescriptor a, cute::GmmaDescriptor b,

@@ -52,7 +52,7 @@ struct Loader {
       }
     }
 #pragma unroll
-    for (int half = 0; half < L::kScans; ++half) {
+    for (int half = 0; half < L::kValueTiles; ++half) {
       tma_load_4d(stage + kValueOffset + half * kTileBytes, maps.v, full, (first_half + half) * 64, token, value_head,
                   batch);
     }

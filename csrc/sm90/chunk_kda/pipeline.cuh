@@ -40,8 +40,8 @@ namespace flashkda::chunk_kda {
 
 constexpr int kThreads = 512;
 
-// What the pipeline runs for: a prefill, its probe, or the backward pass's states.
-enum class Pass { kPrefill, kProbe, kStates };
+// What the pipeline runs for: a prefill, the transitions of its segments, or the backward pass's states.
+enum class Pass { kPrefill, kTransition, kStates };
 
 // A tile is [16 tokens][64 channels] of 16 bits, rows of 128 bytes in the 128-byte swizzle; q, k, g and v are two tiles
 // each.
@@ -50,7 +50,7 @@ constexpr int kTileBytes = 2048;
 // Of a stage. K and Q alternate so that a 32-row operand of 64 channels is contiguous.
 constexpr int kKeyOffset = 0;       // k, then -Kd: tiles 0 and 2
 constexpr int kQueryOffset = 2048;  // q, then Qd: tiles 1 and 3
-constexpr int kValueOffset = 8192;  // v, or the gradient of o: a tile for each scan
+constexpr int kValueOffset = 8192;  // v, or the gradient of o: a tile for each scan, or both for a transition
 // Behind v: g, then Kr in its first two tiles. With 32 bits g has four tiles, of 32 channels.
 
 // Of the factors of a chunk that are not tiles.
@@ -64,14 +64,17 @@ constexpr int kFactorBytes = 1792;
 
 constexpr int kSharedBytes = 232448;
 
-// kScans warpgroups scan, 64 rows of V each: both halves of a value head, or one of them where blocks outnumber heads.
-// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread.
-template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144>
+// kScans warpgroups scan, 64 rows each: both halves of a value head, or one of them where blocks outnumber heads.
+// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kMapBytes: of
+// the maps that states come through on their way into a segment, 1024-byte aligned, with a pair of barriers a half.
+template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144,
+          int kTilesOfValues = kScanWarpgroups, int kMapBytes = 0>
 struct Layout {
   using G = Gate;
   static constexpr int kScans = kScanWarpgroups;
+  static constexpr int kValueTiles = kTilesOfValues;
   static constexpr bool kWideGate = sizeof(G) == 4;
-  static constexpr int kGateOffset = kValueOffset + kScans * kTileBytes;
+  static constexpr int kGateOffset = kValueOffset + kValueTiles * kTileBytes;
   static constexpr int kStageBytes = kGateOffset + (kWideGate ? 4 : 2) * kTileBytes;
   // All other warps but the loader's, with a stage for each.
   static constexpr int kOtherWarps = kThreads / 32 - 4 * kScans - 1;
@@ -79,16 +82,20 @@ struct Layout {
   static constexpr int kTransformRegisters = (4 * 128 - kScans * kScanRegisters) / (4 - kScans) / 8 * 8;
   static constexpr int kBiasBytes = kOtherWarps * kHeadDim * 4;
   static constexpr int kAllOutputBytes = 4 * kScans * kOutputBytes;
+  static constexpr int kMapBarrierBytes = kMapBytes > 0 ? 4 * 8 : 0;
   static constexpr int kAlignment = 1024;
   // As many stages as there is room for.
   static constexpr int kStages =
-      (kSharedBytes - kBiasBytes - kAllOutputBytes - kAlignment) / (kStageBytes + kFactorBytes + 3 * 8);
+      (kSharedBytes - kMapBytes - kMapBarrierBytes - kBiasBytes - kAllOutputBytes - kAlignment) /
+      (kStageBytes + kFactorBytes + 3 * 8);
   static constexpr int kTransformWarps = std::min(kOtherWarps, kStages);
-  static constexpr int kFactors = kStages * kStageBytes;
+  static constexpr int kMaps = kStages * kStageBytes;
+  static constexpr int kFactors = kMaps + kMapBytes;
   static constexpr int kBias = kFactors + kStages * kFactorBytes;
   static constexpr int kOutput = kBias + kBiasBytes;
   static constexpr int kBarriers = kOutput + kAllOutputBytes;
-  static constexpr int kBytes = kBarriers + 3 * 8 * kStages + kAlignment;
+  static constexpr int kMapBarriers = kBarriers + 3 * 8 * kStages;
+  static constexpr int kBytes = kMapBarriers + kMapBarrierBytes + kAlignment;
   static_assert(kBytes <= kSharedBytes);
 };
 
@@ -99,15 +106,18 @@ struct ChunkInfo {
   int value_head;
   int sequence;
   int left;  // tokens of the sequence from here on; 0 for an item without chunks, negative at the end of work
-  int part;  // half of the rows of V, where blocks take halves; the segment, in a probe
-  int warm;  // tokens of the run that belong to the one before, which writes their o
+  int part;     // half of the rows, where blocks take halves
+  int segment;  // of the sequence
   int flags;
-  int chunks;  // of kStates: chunks of the item
+  int chunks;  // of kStates and kTransition: chunks of the item
   int tile;    // of kStates: the item's first
+  int from;    // of a segmented prefill: the first segment on the way of the state that enters
+  int item;    // of kTransition: how many items came before in this block
 };
 constexpr int kStop = -1;
 constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; ends with it
 constexpr int kReverse = 4;                // the run goes from its last chunk to its first
+constexpr int kForgotten = 8;              // what enters segment `from` does not leave it
 
 // The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
 // chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.

@@ -41,11 +41,11 @@ struct GateFunction {
 };
 
 // A warp's chunks, from the `warp`th in steps of as many as there are transform warps. Of kStates, the way forward
-// needs no q, and the way back leaves P where the others have PA; the inverse leaves as A, not AU.
+// needs no q, and the way back leaves P where the others have PA; the inverse leaves as A, not AU. kTransition needs no
+// q, and v n_k in place of v.
 template <typename T, typename L, bool kBounded, Pass kPass>
 __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
                           int warp) {
-  constexpr bool kProbe = kPass == Pass::kProbe;
   constexpr bool kUnitInverse = kPass == Pass::kStates;
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
@@ -130,7 +130,6 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     float l_left[4] = {}, p_left[4] = {};  // columns 0 to 7 of Kd Ki^T and Qd Ki^T
     float right[4] = {};  // columns 8 to 15 of their rows 8 to 15, which are all that is needed of those
     float k_squares[2] = {}, q_squares[2] = {};
-    float largest_decay = 0.f, kd_squares[2] = {}, kr_squares[2] = {};  // for a probe's bound
 
     // Gates of a slice of 16 channels, with tokens where a product sums: gates[0] holds tokens pair and pair + 1 of
     // channel row, gates[1] tokens + 8, gates[2] and [3] the same of channel row + 8.
@@ -203,14 +202,12 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       if constexpr (kQuery) mma_bf16(p_left, qd[0], qd[1], qd[2], qd[3], ki[0], ki[2]);
       mma_bf16(right, kd[1], qd[1], kd[3], qd[3], ki[1], ki[3]);
 
-      [[maybe_unused]] const float to_last[4] = {last[0], last[1], last[2], last[3]};
-      [[maybe_unused]] float first[4];
       if constexpr (kBounded) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) last[i] *= down_scale;
       } else {
         // The scan needs decays from the chunk's start: those from its middle, times the decay up to there.
-        float reference[2][4];
+        float reference[2][4], first[4];
         mma_fp16(reference[0], reference_matrix, gates[0], gates[1], lifts);
         mma_fp16(reference[1], reference_matrix, gates[2], gates[3], lifts);
 #pragma unroll
@@ -222,16 +219,6 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         for (int i = 0; i < 4; ++i) {
           kd[i] = pack_bf16(k[2 * i] * first[i / 2 * 2], k[2 * i + 1] * first[i / 2 * 2 + 1]);
           if constexpr (kQuery) qd[i] = pack_bf16(q[2 * i] * first[i / 2 * 2], q[2 * i + 1] * first[i / 2 * 2 + 1]);
-        }
-      }
-      if constexpr (kProbe) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float from_start = k[i] * (kBounded ? down_scale : first[i / 4 * 2 + i % 2]);
-          const float to_end = k_inverse[i] * to_last[i / 4 * 2 + i % 2];
-          kd_squares[i / 2 % 2] = fmaf(from_start, from_start, kd_squares[i / 2 % 2]);
-          kr_squares[i / 2 % 2] = fmaf(to_end, to_end, kr_squares[i / 2 % 2]);
-          largest_decay = fmaxf(largest_decay, last[i / 2]);
         }
       }
       stmatrix_x4(k_address, kd);
@@ -264,7 +251,9 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         }
       }
     };
-    if constexpr (kPass == Pass::kStates) {
+    if constexpr (kPass == Pass::kTransition) {
+      transform_slices(std::false_type{});
+    } else if constexpr (kPass == Pass::kStates) {
       if (reverse) {
         transform_slices(std::true_type{});
       } else {
@@ -286,16 +275,29 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       for (int offset = 1; offset < 4; offset *= 2) {
         k_squares[i] += __shfl_xor_sync(0xffffffffu, k_squares[i], offset);
         q_squares[i] += __shfl_xor_sync(0xffffffffu, q_squares[i], offset);
-        if constexpr (kProbe) {
-          kd_squares[i] += __shfl_xor_sync(0xffffffffu, kd_squares[i], offset);
-          kr_squares[i] += __shfl_xor_sync(0xffffffffu, kr_squares[i], offset);
-        }
       }
       const float k_square = p.qk_l2norm ? k_squares[i] + 1e-6f : 1.f;
       const float q_square = p.qk_l2norm ? q_squares[i] + 1e-6f : 1.f;
       k_inverse_norm[i] = rsqrt(k_square);
       q_inverse_norm[i] = rsqrt(q_square);
       k_norm[i] = k_square * k_inverse_norm[i];
+    }
+    if constexpr (kPass == Pass::kTransition) {
+#pragma unroll
+      for (int slice = 0; slice < kHeadDim / 16; ++slice) {
+        const uint32_t v_address =
+            stage + kValueOffset + slice / 4 * kTileBytes + (matrix_address ^ uint32_t(slice % 4 * 32));
+        uint32_t v_bits[4];
+        ldmatrix_x4(v_bits, v_address);
+        float v[8];
+        unpack(v, v_bits, T{});
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float scale = k_norm[i % 2] * up_scale;
+          v_bits[i] = pack_bf16(v[2 * i] * scale, v[2 * i + 1] * scale);
+        }
+        stmatrix_x4(v_address, v_bits);
+      }
     }
     float column_norm[4];  // of tokens pair, pair + 1, pair + 8, pair + 9
 #pragma unroll
@@ -312,7 +314,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t token = (row + 8 * i) * 4;
-        const float value_scale = kProbe ? sqrtf(kd_squares[i]) : k_norm[i] * up_scale;
+        const float value_scale = k_norm[i] * up_scale;
         store_shared(factors + kValueScaleOffset + token, value_scale);
         store_shared(factors + kOutputScaleOffset + token, q_inverse_norm[i] * down_scale * p.scale);
         store_shared(factors + kColumnScaleOffset + token, row_beta[i] * k_inverse_norm[i] * down_scale);
@@ -384,26 +386,6 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
           if (4 * i + j < s) x[4 * i + j] = fmaf(solved, values[j], x[4 * i + j]);
         }
       }
-    }
-    if constexpr (kProbe) {
-      // How much of a state can come through the chunk: || diag(d) - sum over s <= t of AU_ts Kd_s Kr_t^T || is at most
-      // max(d) + sum |AU_ts| |Kd_s| |Kr_t|. A little is added for the rounding of the factors.
-      const float kr_low = __shfl_sync(0xffffffffu, kr_squares[0], lane % 8 * 4);
-      const float kr_high = __shfl_sync(0xffffffffu, kr_squares[1], lane % 8 * 4);
-      float sum = 0.f;
-#pragma unroll
-      for (int s = 0; s < 16; ++s) {
-        const float column = load_shared<float>(factors + kColumnScaleOffset + s * 4) * up_scale;
-        sum = fmaf(fabsf(x[s] * column), load_shared<float>(factors + kValueScaleOffset + s * 4), sum);
-      }
-      sum = lane < 16 ? sum * sqrtf(lane < 8 ? kr_low : kr_high) : 0.f;
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        largest_decay = fmaxf(largest_decay, __shfl_xor_sync(0xffffffffu, largest_decay, offset));
-      }
-      __syncwarp();
-      if (lane == 0) store_shared(factors + kDecayOffset, 1.02f * (largest_decay + sum));
     }
     // Where rows of P were kept, they leave lifted, as Qd is: what both meet, dO', is lowered.
     uint32_t packed[8];

@@ -11,46 +11,87 @@ namespace flashkda::chunk_kda_fwd {
 using chunk_kda::kChunk;
 using chunk_kda::kHeadDim;
 
-// Chunks before a segment that are tried as its start.
-constexpr int kProbedChunks = 4;
+// Fewer chunks do not pay for a segment.
 constexpr int kMinSegmentChunks = 4;
+constexpr int kMaxSegments = 32;
+
+// What a segment does to the state that enters it: S' = S R + B. R^T is [128 of S'][128 of S] in fp16, as the prefill
+// multiplies with it: byte of (j, c): j / 64 * 16384 + c / 64 * 8192 + j % 64 * 128 + ((c % 64 / 8) ^ (j % 8)) * 16 + c
+// % 8 * 2. B is [K, V] in fp32.
+constexpr int kMapBytes = 2 * kHeadDim * kHeadDim;
+constexpr int kOffsetBytes = 4 * kHeadDim * kHeadDim;
+
+// The workspace of a call in segments. Indices of heads run over [sequences][value_heads], those of segments over all
+// but the last.
+struct SegmentLayout {
+  size_t maps = 0;       // [heads][segments - 1][kMapBytes]
+  size_t offsets = 0;    // [heads][segments - 1][kOffsetBytes]
+  size_t forgotten = 0;  // int32 [heads][segments - 1][2]: whether these rows of R^T are zero, and not stored
+  size_t bytes = 0;
+};
+
+inline SegmentLayout segment_layout(int64_t heads, int segments) {
+  SegmentLayout layout;
+  const size_t maps = size_t(heads) * size_t(segments - 1);
+  layout.offsets = layout.maps + maps * kMapBytes;
+  layout.forgotten = layout.offsets + maps * kOffsetBytes;
+  layout.bytes = layout.forgotten + maps * 2 * sizeof(int32_t);
+  return layout;
+}
 
 struct Plan {
   int scans;           // halves of a value head's V that a block takes
   int segments;        // of each sequence
   int segment_chunks;  // chunks of a segment; the last one may have fewer
   int grid;
-  int probe_grid;  // 0 where there is one segment
+  int transition_grid;  // 0 where there is one segment
   size_t workspace_bytes;
 };
 
+// Multiprocessor cycles, as measured (docs/kernel_notes.md).
+constexpr int64_t kScanCycles[3] = {0, 1180, 1790};  // of a chunk, by `scans`
+constexpr int64_t kTransitionCycles = 1000;          // of a chunk
+constexpr int64_t kMapCycles = 2000;                 // of taking a state through one segment
+constexpr int64_t kSegmentedCycles = 14000;          // of having segments at all
+
 // With one_segment, how a sequence is computed depends on nothing but itself.
 inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment, int sm_count) {
-  const int64_t items = int64_t(sequences) * value_heads;
+  const int64_t heads = int64_t(sequences) * value_heads;
+  const int64_t chunks = tokens > kChunk ? (tokens + kChunk - 1) / kChunk : 1;
   Plan plan = {};
   // Half a head is a shorter step, at the price of transforming every chunk twice: for heads that leave blocks idle.
-  plan.scans = 2 * items <= sm_count ? 1 : 2;
-  int64_t blocks = plan.scans == 1 ? 2 * items : items;
+  plan.scans = 2 * heads <= sm_count ? 1 : 2;
+  plan.segments = 1;
+  plan.segment_chunks = int(chunks);
 
-  const int64_t chunks = (tokens + kChunk - 1) / kChunk;
-  int64_t segments = 1;
-  if (!has_cu_seqlens && !one_segment && plan.scans == 1) {
-    segments = sm_count / blocks;
-    if (segments > chunks / kMinSegmentChunks) segments = chunks / kMinSegmentChunks;
-    if (segments < 1) segments = 1;
+  if (!has_cu_seqlens && !one_segment && 2 * heads <= sm_count) {
+    const auto rounds = [&](int64_t blocks) { return (blocks + sm_count - 1) / sm_count; };
+    int64_t best = chunks * kScanCycles[1];
+    for (int64_t wanted = 2; wanted <= kMaxSegments && wanted * kMinSegmentChunks <= chunks; ++wanted) {
+      const int64_t segment_chunks = (chunks + wanted - 1) / wanted;
+      const int64_t segments = (chunks + segment_chunks - 1) / segment_chunks;
+      // What slow gates cost beyond fast ones counts for half: which they are is not known here.
+      const int64_t slow = rounds(2 * heads * (segments - 1)) * segment_chunks * kTransitionCycles +
+                           (segments - 1) * kMapCycles;
+      for (int scans = 1; scans <= 2; ++scans) {
+        const int64_t cycles =
+            rounds((3 - scans) * heads * segments) * segment_chunks * kScanCycles[scans] + slow / 2 + kSegmentedCycles;
+        if (cycles >= best) continue;
+        best = cycles;
+        plan.scans = scans;
+        plan.segments = int(segments);
+        plan.segment_chunks = int(segment_chunks);
+      }
+    }
   }
-  plan.segment_chunks = int((chunks + segments - 1) / segments);
-  if (plan.segment_chunks < 1) plan.segment_chunks = 1;
-  plan.segments = int((chunks + plan.segment_chunks - 1) / plan.segment_chunks);
-  if (plan.segments < 1) plan.segments = 1;
-  blocks *= plan.segments;
 
+  const int64_t blocks = (3 - plan.scans) * heads * plan.segments;
   // A packed call may have padding rows to clear, whatever its sequences hold, so it never runs with few blocks.
   plan.grid = has_cu_seqlens || blocks > sm_count ? sm_count : int(blocks);
   if (plan.segments > 1) {
-    const int64_t probes = items * (plan.segments - 1);
-    plan.probe_grid = int(probes < sm_count ? probes : sm_count);
-    plan.workspace_bytes = sizeof(int32_t) * size_t(items) * size_t(plan.segments);
+    const int64_t transitions = 2 * heads * (plan.segments - 1);
+    plan.transition_grid = int(transitions < sm_count ? transitions : sm_count);
+    plan.workspace_bytes = segment_layout(heads, plan.segments).bytes;
   }
   if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;
   return plan;

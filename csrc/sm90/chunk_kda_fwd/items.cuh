@@ -3,8 +3,6 @@
 
 #include <cuda.h>
 
-#include <type_traits>
-
 #include "params.h"
 #include "sm90/chunk_kda/loader.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
@@ -19,46 +17,57 @@ struct Arguments {
   ChunkKdaFwdParams p;
   int segments;
   int segment_chunks;
-  // [sequences, value_heads, segments], where there are several: chunks before the segment from which a state of zero
-  // is as good as the true one, or 0 where there are none within reach and the segment belongs to the run before it.
-  // From the probe.
-  int* warm_ups;
+  // Of a call in segments, as SegmentLayout has them.
+  char* maps;
+  char* offsets;
+  int* forgotten;
 };
 
-// A run of chunks: a whole sequence, or a segment of one and those after it that need its state.
+// A run of chunks: a whole sequence, or a segment of one.
 struct Item {
   int batch;
   int begin;
-  int length;  // negative for nothing to do
+  int length;
   int value_head;
   int sequence;
   int part;
-  int warm;
+  int segment;
+  int from;
   int flags;
 };
 
-template <int kScans, bool kProbe>
+template <int kScans, bool kSegments>
 __device__ __forceinline__ Item read_item(const Arguments& arguments, int index) {
   const ChunkKdaFwdParams& p = arguments.p;
   constexpr int kHalves = 3 - kScans;
-  const int segments = arguments.segments, segment_tokens = arguments.segment_chunks * kChunk;
   Item item;
-  int segment;
-  if constexpr (kProbe) {
-    segment = index % (segments - 1) + 1;
-    index /= segments - 1;
-    item.part = segment;
-  } else {
-    item.part = index % kHalves;
-    index /= kHalves;
-    segment = index % segments;
-    index /= segments;
+  item.part = index % kHalves;
+  index /= kHalves;
+  item.segment = 0;
+  if constexpr (kSegments) {
+    item.segment = index % arguments.segments;
+    index /= arguments.segments;
   }
   const int rank = index / p.value_heads;
   item.value_head = index - rank * p.value_heads;
-  item.warm = 0;
+  item.from = 0;
   item.flags = kFromStart | kToEnd;
-  if (p.cu_seqlens) {
+  if constexpr (kSegments) {
+    item.sequence = item.batch = rank;
+    const int segment_tokens = arguments.segment_chunks * kChunk;
+    item.begin = item.segment * segment_tokens;
+    const bool last = item.segment == arguments.segments - 1;
+    item.length = (last ? int(p.tokens) : item.begin + segment_tokens) - item.begin;
+    item.flags = (item.segment == 0 ? kFromStart : 0) | (last ? kToEnd : 0);
+    if (item.segment > 0) {
+      const int2* forgotten =
+          reinterpret_cast<const int2*>(arguments.forgotten) + int64_t(index) * (arguments.segments - 1);
+      const auto forgets = [&](int segment) { return forgotten[segment].x && forgotten[segment].y; };
+      item.from = item.segment - 1;
+      while (item.from > 0 && !forgets(item.from)) --item.from;
+      if (!p.initial_state || forgets(item.from)) item.flags |= kForgotten;
+    }
+  } else if (p.cu_seqlens) {
     const char* workspace = static_cast<const char*>(p.workspace);
     const chunk_kda::PlanLayout layout = chunk_kda::plan_layout(p.sequences);
     const int* offsets = reinterpret_cast<const int*>(workspace + layout.offsets);
@@ -66,58 +75,30 @@ __device__ __forceinline__ Item read_item(const Arguments& arguments, int index)
     item.batch = 0;
     item.begin = offsets[item.sequence];
     item.length = offsets[item.sequence + 1] - item.begin;
-    return item;
+  } else {
+    item.sequence = item.batch = rank;
+    item.begin = 0;
+    item.length = int(p.tokens);
   }
-  item.sequence = item.batch = rank;
-  item.begin = segment * segment_tokens;
-  if constexpr (kProbe) {
-    item.length = min(kProbedChunks * kChunk, item.begin);
-    item.begin -= item.length;
-    return item;
-  }
-  int end = int(p.tokens);
-  if (segments > 1) {
-    const int* warm_ups = arguments.warm_ups + index * segments;
-    item.flags = segment == 0 ? kFromStart : 0;
-    if (segment > 0) {
-      item.warm = warm_ups[segment] * kChunk;
-      if (item.warm == 0) {
-        item.length = -1;
-        return item;
-      }
-    }
-    int next = segment + 1;
-    while (next < segments && warm_ups[next] == 0) ++next;
-    if (next < segments) {
-      end = next * segment_tokens;
-    } else {
-      item.flags |= kToEnd;
-    }
-  }
-  item.begin -= item.warm;
-  item.length = end - item.begin;
   return item;
 }
 
-template <typename L, bool kProbe>
+template <typename L, bool kSegments>
 __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* infos, Barriers barriers) {
   const ChunkKdaFwdParams& p = arguments.p;
-  const int items =
-      p.sequences * p.value_heads * (kProbe ? arguments.segments - 1 : (3 - L::kScans) * arguments.segments);
+  const int items = p.sequences * p.value_heads * (3 - L::kScans) * arguments.segments;
   const int group = p.value_heads / p.heads;
   int* ticket = static_cast<int*>(p.workspace);
   Loader<L> loader{shared, infos, barriers};
   const Maps maps{&arguments.q, &arguments.k, &arguments.v, &arguments.g};
 
-  cudaGridDependencySynchronize();  // the plan, or the probe
+  cudaGridDependencySynchronize();  // the plan, or the transitions
   // Sequences of a dense batch are equally long, so dealing them round is as good as tickets.
   for (int index = blockIdx.x, next; index < items; index = next) {
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
-    const Item item = read_item<L::kScans, kProbe>(arguments, index);
-    if (item.length < 0) continue;
-    const int first_half = kProbe ? 0 : item.part;
+    const Item item = read_item<L::kScans, kSegments>(arguments, index);
     const int head = item.value_head / group;
-    if (!kProbe && p.initial_state && (item.flags & kFromStart) && first_half == 0) {
+    if (p.initial_state && (item.flags & kFromStart) && item.part == 0) {
       const int64_t state = (int64_t(item.sequence) * p.value_heads + item.value_head) * (kHeadDim * kHeadDim);
       cute::SM90_BULK_COPY_G2S::PREFETCH::copy(p.initial_state + state, kHeadDim * kHeadDim * 4);
     }
@@ -132,10 +113,11 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
       info->sequence = item.sequence;
       info->left = item.length - done;
       info->part = item.part;
-      info->warm = item.warm;
+      info->segment = item.segment;
       info->flags = item.flags;
+      if constexpr (kSegments) info->from = item.from;
       if (item.length > 0) {
-        loader.load(maps, item.batch, token, head, item.value_head, first_half);
+        loader.load(maps, item.batch, token, head, item.value_head, item.part);
       } else {
         loader.skip();
       }

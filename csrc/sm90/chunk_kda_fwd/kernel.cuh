@@ -1,12 +1,11 @@
 // Chunked KDA forward: the pipeline of chunk_kda/pipeline.cuh with a scan that writes o. Its roles are in items.cuh
-// (the loader), chunk_kda/transform.cuh and scan.cuh; probe.cuh takes the scan's place ahead of calls in segments.
+// (the loader), chunk_kda/transform.cuh and scan.cuh. Dense calls of few heads run in segments: transition.cuh finds
+// what each does to the state that enters it, entry.cuh takes states through.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
-
-#include <type_traits>
 
 #include "common/hopper.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
@@ -15,61 +14,94 @@
 #include "sm90/chunk_kda_fwd/config.h"
 #include "sm90/chunk_kda_fwd/items.cuh"
 #include "sm90/chunk_kda_fwd/launch.h"
-#include "sm90/chunk_kda_fwd/probe.cuh"
 #include "sm90/chunk_kda_fwd/scan.cuh"
+#include "sm90/chunk_kda_fwd/transition.cuh"
 
 namespace flashkda::chunk_kda_fwd {
 
-// With kProbe: the same pipeline ahead of the true one, for a few chunks before each segment, to find out which of them
-// forget.
-template <typename T, typename G, bool kBounded, int kScans, bool kProbe>
-__global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid_constant__ Arguments arguments) {
-  using L = Layout<G, kScans, kOutputBytes>;
-  extern __shared__ uint8_t unaligned[];
-  const Block<L> block(unaligned, kProbe ? 1 : 4 * kScans * 32);
+// One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.
+template <typename G, int kScans, bool kSegments>
+using PrefillLayout = Layout<G, kScans, kOutputBytes, kSegments ? 152 : 144, kScans, kSegments ? kMapBytes : 0>;
 
-  if constexpr (kProbe) cudaTriggerProgrammaticLaunchCompletion();
+template <typename T, typename G, bool kBounded, int kScans, bool kSegments>
+__global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid_constant__ Arguments arguments) {
+  using L = PrefillLayout<G, kScans, kSegments>;
+  extern __shared__ uint8_t unaligned[];
+  const Block<L> block(unaligned, 4 * kScans * 32);
+  if constexpr (kSegments) {
+    if (threadIdx.x == 0) {
+      MapRing(block.shared + L::kMaps, block.shared + L::kMapBarriers).init(4 * kScans * 32);
+      cutlass::arch::fence_barrier_init();
+    }
+    __syncthreads();
+  }
 
   const int warp = threadIdx.x / 32;
   if (warp < 4 * kScans) {
     cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
-    if constexpr (kProbe) {
-      if (threadIdx.x == 0) collect<L>(arguments, block.shared, block.barriers);
-    } else {
-      scan<T, L>(arguments.p, block.shared, block.barriers);
-    }
+    scan<T, L, kSegments>(arguments, block.shared, block.barriers);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
-    constexpr Pass kPass = kProbe ? Pass::kProbe : Pass::kPrefill;
     const int role = warp - 4 * kScans;
     if (role < L::kTransformWarps) {
-      transform<T, L, kBounded, kPass>(arguments.p, block.shared, block.bias(role), block.barriers, role);
+      transform<T, L, kBounded, Pass::kPrefill>(arguments.p, block.shared, block.bias(role), block.barriers, role);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
-      load<L, kProbe>(arguments, block.shared, block.infos(), block.barriers);
+      load<L, kSegments>(arguments, block.shared, block.infos(), block.barriers);
+    }
+  }
+}
+
+// Ahead of a prefill in segments.
+template <typename G>
+using TransitionLayout = Layout<G, 1, Verdict::kBytes / 4, 208, 2>;
+
+template <typename T, typename G, bool kBounded>
+__global__ void __launch_bounds__(kThreads, 1) chunk_kda_transition_kernel(const __grid_constant__ Arguments arguments) {
+  using L = TransitionLayout<G>;
+  extern __shared__ uint8_t unaligned[];
+  const Block<L> block(unaligned, 128);
+  if (threadIdx.x == 0) *Verdict{block.shared + L::kOutput}.word() = 0;
+  __syncthreads();
+  cudaTriggerProgrammaticLaunchCompletion();
+
+  const int warp = threadIdx.x / 32;
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
+    scan_transitions<L>(arguments, block.shared, block.barriers);
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
+    const int role = warp - 4;
+    if (role < L::kTransformWarps) {
+      transform<T, L, kBounded, Pass::kTransition>(arguments.p, block.shared, block.bias(role), block.barriers, role);
+    } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
+      load_transitions<L>(arguments, block.shared, block.infos(), block.barriers);
     }
   }
 }
 
 template <typename T, typename G, bool kBounded, int kScans>
 cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t stream) {
-  constexpr int kBytes = Layout<G, kScans, kOutputBytes>::kBytes;
   Arguments arguments;
   arguments.p = p;
   arguments.segments = plan.segments;
   arguments.segment_chunks = plan.segment_chunks;
-  arguments.warm_ups = plan.segments > 1 ? static_cast<int*>(p.workspace) : nullptr;
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
-
-  if constexpr (kScans == 1) {
-    if (plan.segments > 1) {
-      const cudaError_t error = launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, 1, true>>(
-          arguments, plan.probe_grid, kBytes, false, stream);
-      if (error != cudaSuccess) return error;
-    }
+  if (plan.segments == 1) {
+    const bool overlap = p.cu_seqlens;  // with the plan
+    return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, false>>(
+        arguments, plan.grid, PrefillLayout<G, kScans, false>::kBytes, overlap, stream);
   }
-  const bool overlap = p.cu_seqlens || plan.segments > 1;  // with the plan, or the probe
-  return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, false>>(arguments, plan.grid, kBytes, overlap,
-                                                                              stream);
+
+  const SegmentLayout layout = segment_layout(int64_t(p.sequences) * p.value_heads, plan.segments);
+  char* workspace = static_cast<char*>(p.workspace);
+  arguments.maps = workspace + layout.maps;
+  arguments.offsets = workspace + layout.offsets;
+  arguments.forgotten = reinterpret_cast<int*>(workspace + layout.forgotten);
+  const cudaError_t error = launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded>>(
+      arguments, plan.transition_grid, TransitionLayout<G>::kBytes, false, stream);
+  if (error != cudaSuccess) return error;
+  return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, true>>(
+      arguments, plan.grid, PrefillLayout<G, kScans, true>::kBytes, true, stream);
 }
 
 }  // namespace flashkda::chunk_kda_fwd

@@ -12,6 +12,8 @@
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda_fwd/entry.cuh"
+#include "sm90/chunk_kda_fwd/items.cuh"
 
 namespace flashkda::chunk_kda_fwd {
 
@@ -20,10 +22,11 @@ using namespace chunk_kda;
 // 16 tokens x 16 columns of o on their way out, one for each warp of the scan.
 constexpr int kOutputBytes = 512;
 
-template <typename T, typename L>
-__device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barriers) {
+template <typename T, typename L, bool kSegments>
+__device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
+  const ChunkKdaFwdParams& p = arguments.p;
   const int warpgroup = threadIdx.x / 128;
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
@@ -51,7 +54,9 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
   keep(zero);
   const int64_t o_chunk = int64_t(kChunk) * p.value_heads * kHeadDim;
 
+  [[maybe_unused]] MapRing ring(shared + L::kMaps, shared + L::kMapBarriers);
   float state[2][32];  // of K, halves
+  uint32_t copy[32];
   Cursor<L::kStages> cursor(0);
   mbarrier_wait(barriers.ready(0), 0);
   for (;;) {
@@ -61,15 +66,19 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
     const int length = int(what.x);
     if (length == kStop) break;
     const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first
-    const int64_t matrix = (int64_t(where.w) * p.value_heads + where.z) * (kHeadDim * kHeadDim);
-    if (p.initial_state && (what.w & kFromStart)) {
+    const int64_t head = int64_t(where.w) * p.value_heads + where.z;
+    const int64_t matrix = head * (kHeadDim * kHeadDim);
+    if (p.initial_state && !(what.w & kForgotten)) {
       load_state(state, p.initial_state + matrix, p.state_v_first, column + lane / 4, pair);
     } else {
 #pragma unroll
       for (int i = 0; i < 64; ++i) state[i / 32][i % 32] = 0.f;
     }
+    if constexpr (kSegments) {
+      const int from = load_shared<int>(info + 40);
+      enter_segment<L>(state, copy, arguments, ring, head, from, int(what.z), what.w & kForgotten, column, pair);
+    }
 
-    uint32_t copy[32];
     if (length > 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -89,7 +98,6 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
       o += o_chunk;
     };
 
-    const int written = length - int(what.z);
     // An empty sequence still has a stage.
     for (int left = length > 0 ? length : 1; left > 0; left -= kChunk) {
       const uint32_t stage = shared + cursor.stage * L::kStageBytes;
@@ -112,7 +120,7 @@ __device__ void scan(const ChunkKdaFwdParams& p, uint32_t shared, Barriers barri
         cute::warpgroup_commit_batch();
 
         store_o();
-        o_waits = int(o_token) < left && left <= written;
+        o_waits = int(o_token) < left;
         uint32_t v_bits[4];
         ldmatrix_x4_trans(v_bits, v_address);
         const float2 v_scale[2] = {load_shared<float2>(factors + kValueScaleOffset),

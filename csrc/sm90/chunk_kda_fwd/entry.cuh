@@ -1,0 +1,117 @@
+// The state that enters a segment, from those before it:  S' = S R + B  for each on its way (transition.cuh).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/hopper.cuh"
+#include "sm90/chunk_kda/pipeline.cuh"
+#include "sm90/chunk_kda/state.cuh"
+#include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda_fwd/items.cuh"
+
+namespace flashkda::chunk_kda_fwd {
+
+// Halves of R^T, of 64 rows each, on their way into shared memory; one buffer a half. Barriers of a half:
+//   full   the first scan thread and the copy engine's bytes  -> the scan warps
+//   empty  the scan warps, every lane                         -> the first scan thread
+struct MapRing {
+  static constexpr int kHalfBytes = kMapBytes / 2;
+  uint32_t buffers;
+  uint32_t barriers;
+  uint32_t uses = 0;  // of each half, so far
+
+  __device__ MapRing(uint32_t buffers, uint32_t barriers) : buffers(buffers), barriers(barriers) {}
+
+  __device__ uint32_t full(int half) const { return barriers + 16 * half; }
+  __device__ uint32_t empty(int half) const { return barriers + 16 * half + 8; }
+
+  // Of one thread, ahead of all else.
+  __device__ void init(int scan_threads) const {
+    for (int half = 0; half < 2; ++half) {
+      mbarrier_init(full(half), 1);
+      mbarrier_init(empty(half), scan_threads);
+    }
+  }
+
+  // The first scan thread's. `ahead`: uses between this one and the one that is read next.
+  __device__ __forceinline__ void request(const char* map, int half, int ahead) const {
+    mbarrier_wait(empty(half), (uses + ahead & 1) ^ 1);
+    mbarrier_arrive_expect_tx(full(half), kHalfBytes);
+    cute::SM90_BULK_COPY_G2S::copy(map + half * kHalfBytes, shared_pointer<uint64_t>(full(half)),
+                                   shared_pointer(buffers + half * kHalfBytes), kHalfBytes);
+  }
+};
+
+// 2^-e for a positive x below 2^e, of a magnitude that 1 / 2^e does not leave fp32.
+__device__ __forceinline__ float inverse_power_above(float x) {
+  const int exponent = min(max(__float_as_int(x) >> 23, 2), 251);
+  return __int_as_float((253 - exponent) << 23);
+}
+
+// `column`: of V, this warp's first. S goes through in fp16, each row divided by a power of two above its entries: its
+// error and R's are 2^-12 of an entry.
+template <typename L>
+__device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&copy)[32], const Arguments& arguments,
+                                              MapRing& ring, int64_t head, int from, int segment, bool forgotten,
+                                              int column, int pair) {
+  using cute::SM90::GMMA::Major;
+  const int lane = threadIdx.x % 32;
+  const int64_t first = head * (arguments.segments - 1);
+  const auto map = [&](int i) { return arguments.maps + (first + i) * kMapBytes; };
+  const auto load_offset = [&](int i) {
+    const float* offset = reinterpret_cast<const float*>(arguments.offsets + (first + i) * kOffsetBytes);
+#pragma unroll
+    for (int j = 0; j < 64; ++j) {
+      state[j / 32][j % 32] = offset[(j / 4 * 8 + pair + j % 2) * kHeadDim + column + lane / 4 + j / 2 % 2 * 8];
+    }
+  };
+  int i = from;
+  if (forgotten) load_offset(i++);
+  if (i == segment) return;
+  if (threadIdx.x == 0) {
+    ring.request(map(i), 0, 0);
+    ring.request(map(i), 1, 0);
+  }
+#pragma unroll 1
+  for (; i < segment; ++i) {
+    float unscale[2];
+    {
+      float largest[2] = {}, scale[2];
+#pragma unroll
+      for (int j = 0; j < 64; ++j) largest[j / 2 % 2] = fmaxf(largest[j / 2 % 2], fabsf(state[j / 32][j % 32]));
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int offset = 1; offset < 4; offset *= 2)
+          largest[row] = fmaxf(largest[row], __shfl_xor_sync(0xffffffffu, largest[row], offset));
+        scale[row] = inverse_power_above(largest[row]);
+        unscale[row] = 1.f / scale[row];
+      }
+#pragma unroll
+      for (int j = 0; j < 32; ++j) {
+        copy[j] = pack_fp16(state[j / 16][j % 16 * 2] * scale[j % 2], state[j / 16][j % 16 * 2 + 1] * scale[j % 2]);
+      }
+      __syncwarp();  // no load before the copy is made: there are no registers for both
+      load_offset(i);
+#pragma unroll
+      for (int j = 0; j < 64; ++j) state[j / 32][j % 32] *= scale[j / 2 % 2];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mbarrier_wait(ring.full(half), ring.uses & 1);
+      const cute::GmmaDescriptor rows = swizzled_128b(ring.buffers + half * MapRing::kHalfBytes);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int m = 0; m < 8; ++m) wgmma_fp16<Major::K>(state[half], copy + 4 * m, moved(rows, m / 4 * 8192 + m % 4 * 32));
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+      mbarrier_arrive(ring.empty(half));
+      if (threadIdx.x == 0 && i + 1 < segment) ring.request(map(i + 1), half, 1);
+    }
+    ++ring.uses;
+#pragma unroll
+    for (int j = 0; j < 64; ++j) state[j / 32][j % 32] *= unscale[j / 2 % 2];
+  }
+}
+
+}  // namespace flashkda::chunk_kda_fwd

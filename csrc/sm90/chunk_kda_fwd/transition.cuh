@@ -1,0 +1,234 @@
+// What each segment but the last does to the state that enters it: S' = S R + B. With M_1 to M_n the transitions of its
+// chunks, from the last to the first, beginning with R = I and B = 0:
+//
+//   E  = Kr R
+//   D  = AU^T E
+//   B += (V n_k)^T D
+//   R <- M R = d R - Kd^T D
+//
+// with the factors as chunk_kda/pipeline.cuh has them, and everything transposed: a block has half of the rows of R^T
+// and B^T. Where they have become zero for fp32, no more of the segment is needed, nor anything before it: fast gates
+// end here after a chunk or two.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
+
+#include "common/hopper.cuh"
+#include "sm90/chunk_kda/loader.cuh"
+#include "sm90/chunk_kda/pipeline.cuh"
+#include "sm90/chunk_kda/state.cuh"
+#include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda_fwd/items.cuh"
+
+namespace flashkda::chunk_kda_fwd {
+
+// The loader waits for a verdict behind so many chunks of a segment.
+constexpr int kTrialChunks = 4;
+
+// What the scan shares, among its warps and with the loader.
+struct Verdict {
+  static constexpr int kBytes = 48;
+  uint32_t address;
+
+  // Of the last item that has one: 2 item + 1 to go on, 2 item + 2 to stop. An atomic, since only the scan's progress
+  // and nothing else orders the loader's reads.
+  __device__ int* word() const { return shared_pointer<int>(address); }
+  // fp32 [2][4]: each warp's part of the squares of R^T, by turns.
+  __device__ uint32_t sums(int turn) const { return address + 16 + turn * 16; }
+};
+
+template <typename L>
+__device__ void load_transitions(const Arguments& arguments, uint32_t shared, ChunkInfo* infos, Barriers barriers) {
+  const ChunkKdaFwdParams& p = arguments.p;
+  const int maps_per_head = arguments.segments - 1;
+  const int items = p.sequences * p.value_heads * maps_per_head * 2;
+  const int chunks = arguments.segment_chunks;
+  const int group = p.value_heads / p.heads;
+  Loader<L> loader{shared, infos, barriers};
+  const Maps maps{nullptr, &arguments.k, &arguments.v, &arguments.g};
+  const Verdict verdict{shared + L::kOutput};
+
+  for (int index = blockIdx.x, item = 0; index < items; index += gridDim.x, ++item) {
+    const int part = index % 2;
+    const int segment = index / 2 % maps_per_head;
+    const int head_index = index / 2 / maps_per_head;
+    const int batch = head_index / p.value_heads;
+    const int value_head = head_index - batch * p.value_heads;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      if (chunk >= kTrialChunks) {
+        int said;
+        do {
+          said = atomicOr(verdict.word(), 0);
+        } while (said <= 2 * item);
+        if (said == 2 * item + 2) break;
+      }
+      ChunkInfo* info = loader.next_info();
+      const int token = ((segment + 1) * chunks - 1 - chunk) * kChunk;
+      info->token = token;
+      info->batch = batch;
+      info->value_head = value_head;
+      info->sequence = batch;
+      info->left = kChunk;
+      info->part = part;
+      info->segment = segment;
+      info->flags = 0;
+      info->item = item;
+      loader.load(maps, batch, token, value_head / group, value_head, 0);
+    }
+  }
+  loader.finish();
+}
+
+template <typename L>
+__device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Barriers barriers) {
+  using cute::SM90::GMMA::Major;
+  using cute::SM90::GMMA::ScaleOut;
+  // What is left of a state 2^-24 times as large as before is below its fp32 rounding.
+  constexpr float kForgottenSquares = 3.5527136788005009e-15f;  // 2^-48
+  // Squares that a few chunks of the same kind would not bring down to that.
+  constexpr float kHopelessSquares = 2.44140625e-4f;  // 2^-12
+  const ChunkKdaFwdParams& p = arguments.p;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int pair = lane % 4 * 2;
+  uint32_t pair_decays = shared + L::kFactors + kDecayOffset + lane % 4 * 16;
+  keep(pair_decays);
+  const Verdict verdict{shared + L::kOutput};
+  int turn = 0;
+
+  float map[2][32], offset[2][32];  // R^T, halves of its columns; B^T, halves of V
+  uint32_t copy[32];
+  Cursor<L::kStages> cursor(0);
+  mbarrier_wait(barriers.ready(0), 0);
+  for (;;) {
+    const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
+    const uint4 where = load_shared<uint4>(info);
+    const uint4 what = load_shared<uint4>(info + 16);
+    if (int(what.x) == kStop) break;
+    const int item = load_shared<int>(info + 44);
+    const int row = int(what.y) * 64 + warp * 16 + lane / 4;  // and row + 8
+
+#pragma unroll
+    for (int j = 0; j < 64; ++j) {
+      const int column = j / 4 * 8 + pair + j % 2;
+      map[j / 32][j % 32] = column == row + j / 2 % 2 * 8 ? 1.f : 0.f;
+      offset[j / 32][j % 32] = 0.f;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float4 d[4];
+      load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
+      copy_and_decay(map, copy, half, d);
+    }
+
+    bool forgotten = false, undecided = true;
+    int done = 0;
+    for (;;) {
+      const cute::GmmaDescriptor tiles = swizzled_128b(shared + cursor.stage * L::kStageBytes);
+      const cute::GmmaDescriptor system =
+          mn_major_plain(shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset, 32);
+      const uint32_t empty = barriers.empty(cursor.stage);
+      cursor.advance(1);
+      float e[8], d[8];
+      uint32_t packed[4];
+      const auto pack = [&](const float (&x)[8]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+      };
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int m = 0; m < 8; ++m) {
+        wgmma<Major::K>(e, copy + 4 * m, moved(tiles, L::kGateOffset + m / 4 * kTileBytes + m % 4 * 32),
+                        m == 0 ? ScaleOut::Zero : ScaleOut::One);
+      }
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+
+      pack(e);
+      cute::warpgroup_arrive();
+      wgmma<Major::MN>(d, packed, system, ScaleOut::Zero);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<0>();
+
+      pack(d);
+      cute::warpgroup_arrive();
+      wgmma<Major::MN>(map[0], packed, moved(tiles, kKeyOffset));
+      cute::warpgroup_commit_batch();
+      wgmma<Major::MN>(map[1], packed, moved(tiles, kKeyOffset + 4096));
+      wgmma<Major::MN>(offset[0], packed, moved(tiles, kValueOffset));
+      wgmma<Major::MN>(offset[1], packed, moved(tiles, kValueOffset + kTileBytes));
+      cute::warpgroup_commit_batch();
+      if (++done == arguments.segment_chunks) {
+        cute::warpgroup_wait<0>();
+        mbarrier_arrive(empty);
+        break;
+      }
+      mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+      float4 decays[4];
+      load_decays(decays, pair_decays + cursor.stage * kFactorBytes, 0);
+      cute::warpgroup_wait<1>();
+      copy_and_decay(map, copy, 0, decays);
+      load_decays(decays, pair_decays + cursor.stage * kFactorBytes, 1);
+      cute::warpgroup_wait<0>();
+      copy_and_decay(map, copy, 1, decays);
+      mbarrier_arrive(empty);
+
+      // Behind the first chunks, then now and then. From the copy, since accumulators are out of bounds in here.
+      if (done <= kTrialChunks || (done & (done - 1)) == 0) {
+        float squares = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float x[8];
+          unpack(x, copy + 4 * j, __nv_bfloat16{});
+#pragma unroll
+          for (int i = 0; i < 8; ++i) squares = fmaf(x[i], x[i], squares);
+        }
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2)
+          squares += __shfl_xor_sync(0xffffffffu, squares, distance);
+        if (lane == 0) store_shared(verdict.sums(turn) + warp * 4, squares);
+        cutlass::arch::NamedBarrier::sync(128, 0);
+        const float4 all = load_shared<float4>(verdict.sums(turn));
+        turn ^= 1;
+        squares = all.x + all.y + all.z + all.w;
+        forgotten = squares <= kForgottenSquares;
+        if (forgotten || (undecided && (done == kTrialChunks || squares > kHopelessSquares))) {
+          undecided = false;
+          if (threadIdx.x == 0) atomicExch(verdict.word(), 2 * item + (forgotten ? 2 : 1));
+        }
+        if (forgotten) break;
+      }
+    }
+
+    const int64_t map_index =
+        (int64_t(where.w) * p.value_heads + where.z) * (arguments.segments - 1) + int(what.z);
+    store_state(offset, reinterpret_cast<float*>(arguments.offsets + map_index * kOffsetBytes), true, row, pair);
+    if (threadIdx.x == 0) arguments.forgotten[map_index * 2 + what.y] = forgotten;
+    if (!forgotten) {
+      char* rows = arguments.maps + map_index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const int chunk = (j % 8 ^ lane / 4) * 16;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float* r = &map[j / 8][j % 8 * 4 + 2 * i];
+          // Saturated, so that an infinity, which keys longer than 1 can make, leaves a state of zero alone.
+          *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) =
+              pack_fp16(fminf(fmaxf(r[0], -65504.f), 65504.f), fminf(fmaxf(r[1], -65504.f), 65504.f));
+        }
+      }
+    }
+
+    // What the loader had brought of this segment before it knew.
+    for (;;) {
+      mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+      const uint32_t next = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
+      if (load_shared<int>(next + 16) == kStop || load_shared<int>(next + 44) != item) break;
+      mbarrier_arrive(barriers.empty(cursor.stage));
+      cursor.advance(1);
+    }
+  }
+}
+
+}  // namespace flashkda::chunk_kda_fwd
