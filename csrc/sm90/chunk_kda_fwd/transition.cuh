@@ -124,18 +124,20 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
 
     bool forgotten = false, undecided = true;
     int done = 0;
+    // B's products of a chunk run beside the next one's first.
+    uint32_t packed[4] = {};
+    uint32_t stage = cursor.stage;
+    const auto values_at = [&](uint32_t stage) { return swizzled_128b(shared + stage * L::kStageBytes + kValueOffset); };
+    const auto add_offset = [&](cute::GmmaDescriptor values) {
+      wgmma<Major::MN>(offset[0], packed, values);
+      wgmma<Major::MN>(offset[1], packed, moved(values, kTileBytes));
+      cute::warpgroup_commit_batch();
+    };
     for (;;) {
       const cute::GmmaDescriptor tiles = swizzled_128b(shared + cursor.stage * L::kStageBytes);
       const cute::GmmaDescriptor system =
           mn_major_plain(shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset, 32);
-      const uint32_t empty = barriers.empty(cursor.stage);
-      cursor.advance(1);
       float e[8], d[8];
-      uint32_t packed[4];
-      const auto pack = [&](const float (&x)[8]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-      };
       cute::warpgroup_arrive();
 #pragma unroll
       for (int m = 0; m < 8; ++m) {
@@ -143,25 +145,29 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
                         m == 0 ? ScaleOut::Zero : ScaleOut::One);
       }
       cute::warpgroup_commit_batch();
-      cute::warpgroup_wait<0>();
+      add_offset(values_at(stage));
+      cute::warpgroup_wait<1>();
 
-      pack(e);
+      uint32_t packed_e[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) packed_e[i] = pack_bf16(e[2 * i], e[2 * i + 1]);
       cute::warpgroup_arrive();
-      wgmma<Major::MN>(d, packed, system, ScaleOut::Zero);
+      wgmma<Major::MN>(d, packed_e, system, ScaleOut::Zero);
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<0>();
+      if (done > 0) mbarrier_arrive(barriers.empty(stage));
+      stage = cursor.stage;
+      cursor.advance(1);
 
-      pack(d);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(d[2 * i], d[2 * i + 1]);
       cute::warpgroup_arrive();
       wgmma<Major::MN>(map[0], packed, moved(tiles, kKeyOffset));
       cute::warpgroup_commit_batch();
       wgmma<Major::MN>(map[1], packed, moved(tiles, kKeyOffset + 4096));
-      wgmma<Major::MN>(offset[0], packed, moved(tiles, kValueOffset));
-      wgmma<Major::MN>(offset[1], packed, moved(tiles, kValueOffset + kTileBytes));
       cute::warpgroup_commit_batch();
       if (++done == arguments.segment_chunks) {
         cute::warpgroup_wait<0>();
-        mbarrier_arrive(empty);
         break;
       }
       mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
@@ -172,7 +178,6 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
       load_decays(decays, pair_decays + cursor.stage * kFactorBytes, 1);
       cute::warpgroup_wait<0>();
       copy_and_decay(map, copy, 1, decays);
-      mbarrier_arrive(empty);
 
       // Behind the first chunks, then now and then. From the copy, since accumulators are out of bounds in here.
       if (done <= kTrialChunks || (done & (done - 1)) == 0) {
@@ -200,6 +205,10 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
         if (forgotten) break;
       }
     }
+    cute::warpgroup_arrive();
+    add_offset(values_at(stage));
+    cute::warpgroup_wait<0>();
+    mbarrier_arrive(barriers.empty(stage));
 
     const int64_t map_index =
         (int64_t(where.w) * p.value_heads + where.z) * (arguments.segments - 1) + int(what.z);
