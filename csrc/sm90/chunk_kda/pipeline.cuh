@@ -109,15 +109,13 @@ struct ChunkInfo {
   int part;     // half of the rows, where blocks take halves
   int segment;  // of the sequence
   int flags;
-  int chunks;  // of kStates and kTransition: chunks of the item
+  int chunks;  // of kStates: chunks of the item
   int tile;    // of kStates: the item's first
-  int from;    // of a segmented prefill: the first segment on the way of the state that enters
   int item;    // of kTransition: how many items came before in this block
 };
 constexpr int kStop = -1;
 constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; ends with it
 constexpr int kReverse = 4;                // the run goes from its last chunk to its first
-constexpr int kForgotten = 8;              // what enters segment `from` does not leave it
 
 // The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
 // chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.

@@ -48,13 +48,13 @@ __device__ __forceinline__ float inverse_power_above(float x) {
   return __int_as_float((253 - exponent) << 23);
 }
 
-// `column`: of V, this warp's first. S goes through in fp16, each row divided by a power of two above its entries: its
-// error and R's are 2^-12 of an entry.
+// The state that enters `segment`, which is not the first one. `column`: of V, this warp's first. S goes through in
+// fp16, each row divided by a power of two above its entries: its error and R's are 2^-12 of an entry.
 template <typename L>
 __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&copy)[32], const Arguments& arguments,
-                                              MapRing& ring, int64_t head, int from, int segment, bool forgotten,
-                                              int column, int pair) {
+                                              MapRing& ring, int64_t head, int segment, int column, int pair) {
   using cute::SM90::GMMA::Major;
+  const ChunkKdaFwdParams& p = arguments.p;
   const int lane = threadIdx.x % 32;
   const int64_t first = head * (arguments.segments - 1);
   const auto map = [&](int i) { return arguments.maps + (first + i) * kMapBytes; };
@@ -65,9 +65,21 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
       state[j / 32][j % 32] = offset[(j / 4 * 8 + pair + j % 2) * kHeadDim + column + lane / 4 + j / 2 % 2 * 8];
     }
   };
-  int i = from;
-  if (forgotten) load_offset(i++);
-  if (i == segment) return;
+  // The last segment on the way that forgets what enters it: a lane asks for each.
+  static_assert(kMaxSegments <= 32);
+  int2 forgets = make_int2(0, 0);
+  if (lane < segment) forgets = reinterpret_cast<const int2*>(arguments.forgotten)[first + lane];
+  load_offset(segment - 1);  // with fast gates that is all
+  const int last = 31 - __clz(int(__ballot_sync(0xffffffffu, forgets.x && forgets.y)));
+  if (last == segment - 1) return;
+
+  int i = max(last, 0);
+  if (last < 0 && p.initial_state) {
+    load_state(state, p.initial_state + head * (kHeadDim * kHeadDim), p.state_v_first, column + lane / 4, pair);
+  } else {
+    load_offset(i++);
+    if (i == segment) return;
+  }
   if (threadIdx.x == 0) {
     ring.request(map(i), 0, 0);
     ring.request(map(i), 1, 0);

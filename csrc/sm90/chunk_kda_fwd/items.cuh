@@ -32,7 +32,6 @@ struct Item {
   int sequence;
   int part;
   int segment;
-  int from;
   int flags;
 };
 
@@ -50,7 +49,6 @@ __device__ __forceinline__ Item read_item(const Arguments& arguments, int index)
   }
   const int rank = index / p.value_heads;
   item.value_head = index - rank * p.value_heads;
-  item.from = 0;
   item.flags = kFromStart | kToEnd;
   if constexpr (kSegments) {
     item.sequence = item.batch = rank;
@@ -59,14 +57,6 @@ __device__ __forceinline__ Item read_item(const Arguments& arguments, int index)
     const bool last = item.segment == arguments.segments - 1;
     item.length = (last ? int(p.tokens) : item.begin + segment_tokens) - item.begin;
     item.flags = (item.segment == 0 ? kFromStart : 0) | (last ? kToEnd : 0);
-    if (item.segment > 0) {
-      const int2* forgotten =
-          reinterpret_cast<const int2*>(arguments.forgotten) + int64_t(index) * (arguments.segments - 1);
-      const auto forgets = [&](int segment) { return forgotten[segment].x && forgotten[segment].y; };
-      item.from = item.segment - 1;
-      while (item.from > 0 && !forgets(item.from)) --item.from;
-      if (!p.initial_state || forgets(item.from)) item.flags |= kForgotten;
-    }
   } else if (p.cu_seqlens) {
     const char* workspace = static_cast<const char*>(p.workspace);
     const chunk_kda::PlanLayout layout = chunk_kda::plan_layout(p.sequences);
@@ -92,7 +82,7 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
   Loader<L> loader{shared, infos, barriers};
   const Maps maps{&arguments.q, &arguments.k, &arguments.v, &arguments.g};
 
-  cudaGridDependencySynchronize();  // the plan, or the transitions
+  if constexpr (!kSegments) cudaGridDependencySynchronize();  // the plan
   // Sequences of a dense batch are equally long, so dealing them round is as good as tickets.
   for (int index = blockIdx.x, next; index < items; index = next) {
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
@@ -115,7 +105,6 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
       info->part = item.part;
       info->segment = item.segment;
       info->flags = item.flags;
-      if constexpr (kSegments) info->from = item.from;
       if (item.length > 0) {
         loader.load(maps, item.batch, token, head, item.value_head, item.part);
       } else {

@@ -58,6 +58,7 @@ __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barri
   float state[2][32];  // of K, halves
   uint32_t copy[32];
   Cursor<L::kStages> cursor(0);
+  if constexpr (kSegments) cudaGridDependencySynchronize();  // the transitions
   mbarrier_wait(barriers.ready(0), 0);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
@@ -68,15 +69,13 @@ __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barri
     const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first
     const int64_t head = int64_t(where.w) * p.value_heads + where.z;
     const int64_t matrix = head * (kHeadDim * kHeadDim);
-    if (p.initial_state && !(what.w & kForgotten)) {
+    if (kSegments && !(what.w & kFromStart)) {
+      enter_segment<L>(state, copy, arguments, ring, head, int(what.z), column, pair);
+    } else if (p.initial_state) {
       load_state(state, p.initial_state + matrix, p.state_v_first, column + lane / 4, pair);
     } else {
 #pragma unroll
       for (int i = 0; i < 64; ++i) state[i / 32][i % 32] = 0.f;
-    }
-    if constexpr (kSegments) {
-      const int from = load_shared<int>(info + 40);
-      enter_segment<L>(state, copy, arguments, ring, head, from, int(what.z), what.w & kForgotten, column, pair);
     }
 
     if (length > 0) {

@@ -25,6 +25,7 @@ namespace flashkda::chunk_kda_fwd {
 
 // The loader waits for a verdict behind so many chunks of a segment.
 constexpr int kTrialChunks = 4;
+constexpr int kChunksBetweenTrials = 16;
 
 // What the scan shares, among its warps and with the loader.
 struct Verdict {
@@ -106,7 +107,7 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
     const uint4 where = load_shared<uint4>(info);
     const uint4 what = load_shared<uint4>(info + 16);
     if (int(what.x) == kStop) break;
-    const int item = load_shared<int>(info + 44);
+    const int item = load_shared<int>(info + 40);
     const int row = int(what.y) * 64 + warp * 16 + lane / 4;  // and row + 8
 
 #pragma unroll
@@ -180,7 +181,7 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
       copy_and_decay(map, copy, 1, decays);
 
       // Behind the first chunks, then now and then. From the copy, since accumulators are out of bounds in here.
-      if (done <= kTrialChunks || (done & (done - 1)) == 0) {
+      if (done <= kTrialChunks || done % kChunksBetweenTrials == 0) {
         float squares = 0.f;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -233,7 +234,7 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
     for (;;) {
       mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
       const uint32_t next = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
-      if (load_shared<int>(next + 16) == kStop || load_shared<int>(next + 44) != item) break;
+      if (load_shared<int>(next + 16) == kStop || load_shared<int>(next + 40) != item) break;
       mbarrier_arrive(barriers.empty(cursor.stage));
       cursor.advance(1);
     }
