@@ -185,6 +185,17 @@ void chunk_kda_forward(const ChunkKdaParams& params, uintptr_t o, uintptr_t fina
   check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_fwd");
 }
 
+void chunk_kda_transition(const ChunkKdaParams& params, uintptr_t map, uintptr_t offset, uintptr_t workspace, int device,
+                          uintptr_t stream) {
+  ChunkKdaTransitionParams p = {params};
+  p.map = pointer<float>(map);
+  p.offset = pointer<float>(offset);
+  p.workspace = pointer<void>(workspace);
+  p.sm_count = sm_count(device);
+  use_device(device);
+  check(launch_chunk_kda_transition(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_transition");
+}
+
 void chunk_kda_backward(const ChunkKdaParams& params, const BatchedView& d_o, uintptr_t d_final_state, uintptr_t dq,
                         uintptr_t dk, uintptr_t dv, uintptr_t dg, uintptr_t dbeta, uintptr_t dA_log,
                         uintptr_t d_dt_bias, uintptr_t d_initial_state, uintptr_t workspace, int device,
@@ -245,6 +256,8 @@ PYBIND11_MODULE(_C, m) {
         "rows_per_warp"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_fwd_workspace_bytes", &flashkda::chunk_kda_fwd_workspace_bytes, "sequences"_a, "value_heads"_a,
         "tokens"_a, "has_cu_seqlens"_a, "one_segment"_a, "sm_count"_a);
+  m.def("chunk_kda_transition_workspace_bytes", &flashkda::chunk_kda_transition_workspace_bytes, "sequences"_a,
+        "has_cu_seqlens"_a);
   m.def("chunk_kda_bwd_workspace_bytes", &flashkda::chunk_kda_bwd_workspace_bytes, "batch"_a, "sequences"_a, "heads"_a,
         "value_heads"_a, "tokens"_a, "has_cu_seqlens"_a, "sm_count"_a);
   py::class_<flashkda::ChunkKdaParams>(m, "ChunkKdaParams")
@@ -254,6 +267,8 @@ PYBIND11_MODULE(_C, m) {
            "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a);
   m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, "params"_a, py::kw_only(), "o"_a, "final_state"_a,
         "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
+  m.def("chunk_kda_transition", &flashkda::chunk_kda_transition, "params"_a, py::kw_only(), "map"_a, "offset"_a,
+        "workspace"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_bwd", &flashkda::chunk_kda_backward, "params"_a, py::kw_only(), "d_o"_a, "d_final_state"_a, "dq"_a,
         "dk"_a, "dv"_a, "dg"_a, "dbeta"_a, "dA_log"_a, "d_dt_bias"_a, "d_initial_state"_a, "workspace"_a, "device"_a,
         "stream"_a);

@@ -121,6 +121,12 @@ struct ChunkKdaFwdParams : ChunkKdaParams {
   bool one_segment;    // a sequence's bits depend on nothing but itself
 };
 
+// What each sequence does to its state: S' = S M + B where states are [V, K], M S + B where they are [K, V]. No q.
+struct ChunkKdaTransitionParams : ChunkKdaParams {
+  float* map;     // [sequences, value_heads, 128, 128]
+  float* offset;  // as initial_state
+};
+
 // Gradients are dense, in the dtype of what they are of; a null one is not wanted.
 struct ChunkKdaBwdParams : ChunkKdaParams {
   const void* d_o;             // [batch, tokens, value_heads, 128]  dtype

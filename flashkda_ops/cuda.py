@@ -225,6 +225,11 @@ def _forward_workspace_bytes(
 
 
 @functools.lru_cache(maxsize=1024)
+def _transition_workspace_bytes(sequences: int, packed: bool) -> int:
+    return _extension().chunk_kda_transition_workspace_bytes(sequences, packed)
+
+
+@functools.lru_cache(maxsize=1024)
 def _backward_workspace_bytes(
     batch: int, sequences: int, heads: int, value_heads: int, tokens: int, packed: bool, sm_count: int
 ) -> int:
@@ -366,6 +371,39 @@ def chunk_kda(
             o=o.data_ptr(),
             final_state=_address(final_state),
             one_segment=batch_invariant,
+            workspace=_address(workspace),
+            device=device.index,
+            stream=torch._C._cuda_getCurrentRawStream(device.index),
+        )
+
+
+def chunk_kda_transition(
+    M: Tensor,
+    B: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: KdaOptions,
+    *,
+    state_v_first: bool,
+) -> None:
+    """Launches the transition kernel on the current stream; writes M and B, both dense and fp32."""
+    device = k.device
+    sequences = _sequences(v.shape[0], cu_seqlens)
+    # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
+    params, _alive = _chunk_params(k, k, v, g, beta, A_log, dt_bias, None, cu_seqlens, options, state_v_first)
+    size = _transition_workspace_bytes(sequences, cu_seqlens is not None)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+
+    with _current(device):
+        _extension().chunk_kda_transition(
+            params,
+            map=M.data_ptr(),
+            offset=B.data_ptr(),
             workspace=_address(workspace),
             device=device.index,
             stream=torch._C._cuda_getCurrentRawStream(device.index),

@@ -10,8 +10,6 @@ from helpers import BETAS, DIFFERENTIABLE, GATES, TOKENS, Call, error, make_call
 from torch import Tensor
 
 from flashkda_ops import cuda
-from flashkda_ops.ops import chunk_kda_transition
-from flashkda_ops.validation import validate_tokens
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dense": {"B": 2},
@@ -88,28 +86,24 @@ def test_maps_of_parts_compose() -> None:
     assert error(B1 @ M2 + B2, B) < 1e-13
 
 
-@pytest.mark.parametrize("state_v_first", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_prefill_from_zero_and_from_the_identity_gives_the_map(layout: str, state_v_first: bool) -> None:
-    call = make_call(37, K=16, V=16, dtype=torch.float64, state_v_first=state_v_first, **LAYOUTS[layout])
-    arguments = chunk_kda_transition.Arguments(**{name: x for name, x in call.items() if name != "q"})
-    maps = chunk_kda_transition.by_prefill(arguments, validate_tokens(arguments))
-    for actual, expected in zip(maps, transition(call), strict=True):
-        assert error(actual, expected, heads=1) < 1e-13
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("slow_heads", [0, 2, 4])
-@pytest.mark.parametrize("layout", [{}, {"cu_seqlens": [0, 3, 3, 170, 290]}], ids=str)
-def test_the_kernel_gives_the_map(layout: dict[str, Any], slow_heads: int) -> None:
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"B": 3}, {"H": 2, "HV": 4, "dtype": torch.float16}, {"cu_seqlens": [0, 3, 3, 170, 290]}, {"gate": "unbounded"}],
+    ids=str,
+)
+def test_the_kernel_gives_the_map(layout: dict[str, Any], state_v_first: bool, slow_heads: int) -> None:
     call = make_call(
-        300, K=128, V=128, dtype=torch.bfloat16, initial_state=True, state_v_first=True, slow_heads=slow_heads,
-        device="cuda", **layout,
+        300, K=128, V=128, initial_state=True, state_v_first=state_v_first, slow_heads=slow_heads, device="cuda",
+        **{"dtype": torch.bfloat16, **layout},
     )  # fmt: skip
     assert cuda.chunk_kda_reason(*(call.get(name) for name in (*DIFFERENTIABLE, "cu_seqlens"))) is None
     assert error(applied(call), reference(call)[1], heads=1) < 2e-2
     M, B = transition(call)
     assert M.dtype == B.dtype == torch.float32
+    assert all(torch.equal(x, y) for x, y in zip((M, B), transition(call), strict=True))
     exact_M, exact_B = transition({**call, **{name: call[name].float() for name in TOKENS}})
     assert error(B, exact_B, heads=1) < 2e-2
     assert (M - exact_M).norm() < 2e-2 * (exact_M.norm() + 1e-3)  # of fast heads alone it is zero

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashkda_ops import cuda, portable
-from flashkda_ops.ops import chunk_kda, chunk_kda_backward
+from flashkda_ops.ops import chunk_kda_backward
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import (
     Sizes,
@@ -70,30 +70,24 @@ def op(*args: Any) -> tuple[Tensor, Tensor]:
     if checks_values(a.validate, a.k):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
     served = a.k.is_cuda and sizes.K == sizes.V and cuda.chunk_kda_reason(a.k, *a[:6], None, a.cu_seqlens) is None
-    if served:
-        return by_prefill(a, sizes)
-    return portable.chunk_kda_transition(*a[:7], KdaOptions.of(a), state_v_first=a.state_v_first)
-
-
-def by_prefill(a: Arguments, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Two runs of ``chunk_kda``, for its kernel: from zero they end in B; from the identity, with no values, in M."""
-    call = chunk_kda.Arguments(
-        a.k, *a[:6], None, a.cu_seqlens, None, True, a.use_qk_l2norm_in_kernel, a.use_gate_in_kernel,
-        a.use_beta_sigmoid_in_kernel, a.allow_neg_eigval, a.lower_bound, a.state_v_first,
-    )  # fmt: skip
-    _, B, _ = chunk_kda.compute(call, sizes)
-    identity = torch.zeros_like(B)
-    identity.diagonal(dim1=-2, dim2=-1).fill_(1)
-    _, M, _ = chunk_kda.compute(call._replace(v=torch.zeros_like(a.v), initial_state=identity), sizes)
+    options = KdaOptions.of(a)
+    if not served:
+        return portable.chunk_kda_transition(*a[:7], options, state_v_first=a.state_v_first)
+    M, B = _outputs(a, sizes)
+    cuda.chunk_kda_transition(M, B, *a[:7], options, state_v_first=a.state_v_first)
     return M, B
+
+
+def _outputs(a: Arguments, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    dtype = state_dtype(a.k)
+    M = a.k.new_empty(sizes.N, sizes.HV, sizes.K, sizes.K, dtype=dtype)
+    return M, a.k.new_empty(state_shape(sizes, sizes.N, a.state_v_first), dtype=dtype)
 
 
 @op.register_fake
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     a = Arguments(*args)
-    s, dtype = _validate(a), state_dtype(a.k)
-    M = a.k.new_empty(s.N, s.HV, s.K, s.K, dtype=dtype)
-    return M, a.k.new_empty(state_shape(s, s.N, a.state_v_first), dtype=dtype)
+    return _outputs(a, _validate(a))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -33,11 +33,11 @@ struct Loader {
                                        int first_half) {
     const uint32_t full = barriers.full(cursor.stage);
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
-    mbarrier_arrive_expect_tx(full, maps.q ? L::kStageBytes : L::kStageBytes - 2 * kTileBytes);
+    mbarrier_arrive_expect_tx(full, L::kQueries && !maps.q ? L::kStageBytes - 2 * kTileBytes : L::kStageBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       tma_load_4d(stage + kKeyOffset + half * 4096, maps.k, full, half * 64, token, head, batch);
-      if (maps.q) tma_load_4d(stage + kQueryOffset + half * 4096, maps.q, full, half * 64, token, head, batch);
+      if (L::kQueries && maps.q) tma_load_4d(stage + kQueryOffset + half * 4096, maps.q, full, half * 64, token, head, batch);
     }
     if constexpr (L::kWideGate) {
 #pragma unroll
@@ -53,7 +53,7 @@ struct Loader {
     }
 #pragma unroll
     for (int half = 0; half < L::kValueTiles; ++half) {
-      tma_load_4d(stage + kValueOffset + half * kTileBytes, maps.v, full, (first_half + half) * 64, token, value_head,
+      tma_load_4d(stage + L::value_offset(half), maps.v, full, (first_half + half) * 64, token, value_head,
                   batch);
     }
     cursor.advance(1);

@@ -50,7 +50,7 @@ constexpr int kTileBytes = 2048;
 // Of a stage. K and Q alternate so that a 32-row operand of 64 channels is contiguous.
 constexpr int kKeyOffset = 0;       // k, then -Kd: tiles 0 and 2
 constexpr int kQueryOffset = 2048;  // q, then Qd: tiles 1 and 3
-constexpr int kValueOffset = 8192;  // v, or the gradient of o: a tile for each scan, or both for a transition
+constexpr int kValueOffset = 8192;  // v, or the gradient of o: a tile for each scan
 // Behind v: g, then Kr in its first two tiles. With 32 bits g has four tiles, of 32 channels.
 
 // Of the factors of a chunk that are not tiles.
@@ -65,16 +65,21 @@ constexpr int kFactorBytes = 1792;
 constexpr int kSharedBytes = 232448;
 
 // kScans warpgroups scan, 64 rows each: both halves of a value head, or one of them where blocks outnumber heads.
-// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kMapBytes: of
-// the maps that states come through on their way into a segment, 1024-byte aligned, with a pair of barriers a half.
-template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144,
-          int kTilesOfValues = kScanWarpgroups, int kMapBytes = 0>
+// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kHasQueries: or
+// both tiles of v lie where q would. kMapBytes: of the maps that states come through on their way into a segment,
+// 1024-byte aligned, with a pair of barriers a half.
+template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144, bool kHasQueries = true,
+          int kMapBytes = 0>
 struct Layout {
   using G = Gate;
   static constexpr int kScans = kScanWarpgroups;
-  static constexpr int kValueTiles = kTilesOfValues;
+  static constexpr bool kQueries = kHasQueries;
   static constexpr bool kWideGate = sizeof(G) == 4;
-  static constexpr int kGateOffset = kValueOffset + kValueTiles * kTileBytes;
+  static constexpr int kValueTiles = kQueries ? kScans : 2;
+  static constexpr int kGateOffset = kQueries ? kValueOffset + kScans * kTileBytes : kValueOffset;
+  __host__ __device__ static constexpr int value_offset(int tile) {
+    return kQueries ? kValueOffset + tile * kTileBytes : kQueryOffset + tile * 4096;
+  }
   static constexpr int kStageBytes = kGateOffset + (kWideGate ? 4 : 2) * kTileBytes;
   // All other warps but the loader's, with a stage for each.
   static constexpr int kOtherWarps = kThreads / 32 - 4 * kScans - 1;
@@ -109,7 +114,7 @@ struct ChunkInfo {
   int part;     // half of the rows, where blocks take halves
   int segment;  // of the sequence
   int flags;
-  int chunks;  // of kStates: chunks of the item
+  int chunks;  // of kStates and kTransition: chunks of the item
   int tile;    // of kStates: the item's first
   int item;    // of kTransition: how many items came before in this block
 };

@@ -39,6 +39,15 @@ inline SegmentLayout segment_layout(int64_t heads, int segments) {
   return layout;
 }
 
+struct SegmentArguments {
+  int segments;        // of each sequence
+  int segment_chunks;  // chunks of a segment; the last one may have fewer
+  // As SegmentLayout has them.
+  char* maps;
+  char* offsets;
+  int* forgotten;
+};
+
 struct Plan {
   int scans;           // halves of a value head's V that a block takes
   int segments;        // of each sequence

@@ -55,11 +55,12 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
                                               MapRing& ring, int64_t head, int segment, int column, int pair) {
   using cute::SM90::GMMA::Major;
   const ChunkKdaFwdParams& p = arguments.p;
+  const SegmentArguments& from = arguments.segmented;
   const int lane = threadIdx.x % 32;
-  const int64_t first = head * (arguments.segments - 1);
-  const auto map = [&](int i) { return arguments.maps + (first + i) * kMapBytes; };
+  const int64_t first = head * (from.segments - 1);
+  const auto map = [&](int i) { return from.maps + (first + i) * kMapBytes; };
   const auto load_offset = [&](int i) {
-    const float* offset = reinterpret_cast<const float*>(arguments.offsets + (first + i) * kOffsetBytes);
+    const float* offset = reinterpret_cast<const float*>(from.offsets + (first + i) * kOffsetBytes);
 #pragma unroll
     for (int j = 0; j < 64; ++j) {
       state[j / 32][j % 32] = offset[(j / 4 * 8 + pair + j % 2) * kHeadDim + column + lane / 4 + j / 2 % 2 * 8];
@@ -68,7 +69,7 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
   // The last segment on the way that forgets what enters it: a lane asks for each.
   static_assert(kMaxSegments <= 32);
   int2 forgets = make_int2(0, 0);
-  if (lane < segment) forgets = reinterpret_cast<const int2*>(arguments.forgotten)[first + lane];
+  if (lane < segment) forgets = reinterpret_cast<const int2*>(from.forgotten)[first + lane];
   load_offset(segment - 1);  // with fast gates that is all
   const int last = 31 - __clz(int(__ballot_sync(0xffffffffu, forgets.x && forgets.y)));
   if (last == segment - 1) return;

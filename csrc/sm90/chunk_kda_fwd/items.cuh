@@ -15,12 +15,7 @@ using namespace chunk_kda;
 struct Arguments {
   CUtensorMap q, k, v, g;
   ChunkKdaFwdParams p;
-  int segments;
-  int segment_chunks;
-  // Of a call in segments, as SegmentLayout has them.
-  char* maps;
-  char* offsets;
-  int* forgotten;
+  SegmentArguments segmented;
 };
 
 // A run of chunks: a whole sequence, or a segment of one.
@@ -44,17 +39,17 @@ __device__ __forceinline__ Item read_item(const Arguments& arguments, int index)
   index /= kHalves;
   item.segment = 0;
   if constexpr (kSegments) {
-    item.segment = index % arguments.segments;
-    index /= arguments.segments;
+    item.segment = index % arguments.segmented.segments;
+    index /= arguments.segmented.segments;
   }
   const int rank = index / p.value_heads;
   item.value_head = index - rank * p.value_heads;
   item.flags = kFromStart | kToEnd;
   if constexpr (kSegments) {
     item.sequence = item.batch = rank;
-    const int segment_tokens = arguments.segment_chunks * kChunk;
+    const int segment_tokens = arguments.segmented.segment_chunks * kChunk;
     item.begin = item.segment * segment_tokens;
-    const bool last = item.segment == arguments.segments - 1;
+    const bool last = item.segment == arguments.segmented.segments - 1;
     item.length = (last ? int(p.tokens) : item.begin + segment_tokens) - item.begin;
     item.flags = (item.segment == 0 ? kFromStart : 0) | (last ? kToEnd : 0);
   } else if (p.cu_seqlens) {
@@ -76,7 +71,7 @@ __device__ __forceinline__ Item read_item(const Arguments& arguments, int index)
 template <typename L, bool kSegments>
 __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* infos, Barriers barriers) {
   const ChunkKdaFwdParams& p = arguments.p;
-  const int items = p.sequences * p.value_heads * (3 - L::kScans) * arguments.segments;
+  const int items = p.sequences * p.value_heads * (3 - L::kScans) * arguments.segmented.segments;
   const int group = p.value_heads / p.heads;
   int* ticket = static_cast<int*>(p.workspace);
   Loader<L> loader{shared, infos, barriers};

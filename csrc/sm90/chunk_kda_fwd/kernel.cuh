@@ -21,7 +21,7 @@ namespace flashkda::chunk_kda_fwd {
 
 // One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.
 template <typename G, int kScans, bool kSegments>
-using PrefillLayout = Layout<G, kScans, kOutputBytes, kSegments ? 152 : 144, kScans, kSegments ? kMapBytes : 0>;
+using PrefillLayout = Layout<G, kScans, kOutputBytes, kSegments ? 152 : 144, true, kSegments ? kMapBytes : 0>;
 
 template <typename T, typename G, bool kBounded, int kScans, bool kSegments>
 __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid_constant__ Arguments arguments) {
@@ -51,40 +51,52 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
   }
 }
 
-// Ahead of a prefill in segments.
+// Of whole sequences, or ahead of a prefill in segments.
 template <typename G>
-using TransitionLayout = Layout<G, 1, Verdict::kBytes / 4, 208, 2>;
+using TransitionLayout = Layout<G, 1, Verdict::kBytes / 4, 208, false>;
 
-template <typename T, typename G, bool kBounded>
-__global__ void __launch_bounds__(kThreads, 1) chunk_kda_transition_kernel(const __grid_constant__ Arguments arguments) {
+template <typename T, typename G, bool kBounded, bool kSegments>
+__global__ void __launch_bounds__(kThreads, 1)
+    chunk_kda_transition_kernel(const __grid_constant__ TransitionArguments arguments) {
   using L = TransitionLayout<G>;
   extern __shared__ uint8_t unaligned[];
   const Block<L> block(unaligned, 128);
   if (threadIdx.x == 0) *Verdict{block.shared + L::kOutput}.word() = 0;
   __syncthreads();
-  cudaTriggerProgrammaticLaunchCompletion();
+  if constexpr (kSegments) cudaTriggerProgrammaticLaunchCompletion();
 
   const int warp = threadIdx.x / 32;
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
-    scan_transitions<L>(arguments, block.shared, block.barriers);
+    scan_transitions<L, kSegments>(arguments, block.shared, block.barriers);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
     const int role = warp - 4;
     if (role < L::kTransformWarps) {
       transform<T, L, kBounded, Pass::kTransition>(arguments.p, block.shared, block.bias(role), block.barriers, role);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
-      load_transitions<L>(arguments, block.shared, block.infos(), block.barriers);
+      load_transitions<L, kSegments>(arguments, block.shared, block.infos(), block.barriers);
     }
   }
 }
 
+template <typename T, typename G, bool kBounded>
+cudaError_t launch_transitions(const ChunkKdaTransitionParams& p, int grid, cudaStream_t stream) {
+  TransitionArguments arguments = {};
+  arguments.p = p;
+  if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
+  const bool overlap = p.cu_seqlens;  // with the plan
+  return launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, false>>(
+      arguments, grid, TransitionLayout<G>::kBytes, overlap, stream);
+}
+
 template <typename T, typename G, bool kBounded, int kScans>
 cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t stream) {
-  Arguments arguments;
+  Arguments arguments = {};
   arguments.p = p;
-  arguments.segments = plan.segments;
-  arguments.segment_chunks = plan.segment_chunks;
+  SegmentArguments& segmented = arguments.segmented;
+  segmented.segments = plan.segments;
+  segmented.segment_chunks = plan.segment_chunks;
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
   if (plan.segments == 1) {
     const bool overlap = p.cu_seqlens;  // with the plan
@@ -94,11 +106,14 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
 
   const SegmentLayout layout = segment_layout(int64_t(p.sequences) * p.value_heads, plan.segments);
   char* workspace = static_cast<char*>(p.workspace);
-  arguments.maps = workspace + layout.maps;
-  arguments.offsets = workspace + layout.offsets;
-  arguments.forgotten = reinterpret_cast<int*>(workspace + layout.forgotten);
-  const cudaError_t error = launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded>>(
-      arguments, plan.transition_grid, TransitionLayout<G>::kBytes, false, stream);
+  segmented.maps = workspace + layout.maps;
+  segmented.offsets = workspace + layout.offsets;
+  segmented.forgotten = reinterpret_cast<int*>(workspace + layout.forgotten);
+  TransitionArguments ahead = {arguments.q, arguments.k, arguments.v, arguments.g};
+  static_cast<ChunkKdaParams&>(ahead.p) = p;
+  ahead.segmented = segmented;
+  const cudaError_t error = launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, true>>(
+      ahead, plan.transition_grid, TransitionLayout<G>::kBytes, false, stream);
   if (error != cudaSuccess) return error;
   return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, true>>(
       arguments, plan.grid, PrefillLayout<G, kScans, true>::kBytes, true, stream);

@@ -1,5 +1,5 @@
-// What each segment but the last does to the state that enters it: S' = S R + B. With M_1 to M_n the transitions of its
-// chunks, from the last to the first, beginning with R = I and B = 0:
+// What a sequence, or each segment of one but the last, does to the state that enters it: S' = S R + B. With M_1 to M_n
+// the transitions of its chunks, from the last to the first, beginning with R = I and B = 0:
 //
 //   E  = Kr R
 //   D  = AU^T E
@@ -7,8 +7,7 @@
 //   R <- M R = d R - Kd^T D
 //
 // with the factors as chunk_kda/pipeline.cuh has them, and everything transposed: a block has half of the rows of R^T
-// and B^T. Where they have become zero for fp32, no more of the segment is needed, nor anything before it: fast gates
-// end here after a chunk or two.
+// and B^T. Where R has become zero for fp32, nothing before can matter: fast gates end here after a chunk or two.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,13 +18,63 @@
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
-#include "sm90/chunk_kda_fwd/items.cuh"
 
 namespace flashkda::chunk_kda_fwd {
+
+using namespace chunk_kda;
+
+struct TransitionArguments {
+  CUtensorMap q, k, v, g;
+  ChunkKdaTransitionParams p;
+  // Of a prefill in segments. Otherwise whole sequences go to p.map and p.offset.
+  SegmentArguments segmented;
+};
 
 // The loader waits for a verdict behind so many chunks of a segment.
 constexpr int kTrialChunks = 4;
 constexpr int kChunksBetweenTrials = 16;
+
+struct TransitionItem {
+  int part;  // half of the rows
+  int segment;
+  int batch;
+  int sequence;
+  int value_head;
+  int begin;
+  int length;
+};
+
+template <bool kSegments>
+__device__ __forceinline__ TransitionItem read_transition(const TransitionArguments& arguments, int index) {
+  const ChunkKdaParams& p = arguments.p;
+  TransitionItem item;
+  item.part = index % 2;
+  index /= 2;
+  item.segment = 0;
+  if constexpr (kSegments) {
+    item.segment = index % (arguments.segmented.segments - 1);
+    index /= arguments.segmented.segments - 1;
+  }
+  const int rank = index / p.value_heads;
+  item.value_head = index - rank * p.value_heads;
+  item.sequence = item.batch = rank;
+  if constexpr (kSegments) {
+    item.length = arguments.segmented.segment_chunks * kChunk;
+    item.begin = item.segment * item.length;
+  } else if (p.cu_seqlens) {
+    const char* workspace = static_cast<const char*>(p.workspace);
+    const PlanLayout layout = plan_layout(p.sequences);
+    const int* offsets = reinterpret_cast<const int*>(workspace + layout.offsets);
+    item.sequence = reinterpret_cast<const int*>(workspace + layout.order)[rank];
+    item.batch = 0;
+    item.begin = offsets[item.sequence];
+    item.length = offsets[item.sequence + 1] - item.begin;
+  } else {
+    item.begin = 0;
+    item.length = int(p.tokens);
+  }
+  return item;
+}
 
 // What the scan shares, among its warps and with the loader.
 struct Verdict {
@@ -39,57 +88,63 @@ struct Verdict {
   __device__ uint32_t sums(int turn) const { return address + 16 + turn * 16; }
 };
 
-template <typename L>
-__device__ void load_transitions(const Arguments& arguments, uint32_t shared, ChunkInfo* infos, Barriers barriers) {
-  const ChunkKdaFwdParams& p = arguments.p;
-  const int maps_per_head = arguments.segments - 1;
-  const int items = p.sequences * p.value_heads * maps_per_head * 2;
-  const int chunks = arguments.segment_chunks;
+template <typename L, bool kSegments>
+__device__ void load_transitions(const TransitionArguments& arguments, uint32_t shared, ChunkInfo* infos,
+                                 Barriers barriers) {
+  const ChunkKdaParams& p = arguments.p;
+  const int items = 2 * p.sequences * p.value_heads * (kSegments ? arguments.segmented.segments - 1 : 1);
   const int group = p.value_heads / p.heads;
+  int* ticket = static_cast<int*>(p.workspace);
   Loader<L> loader{shared, infos, barriers};
   const Maps maps{nullptr, &arguments.k, &arguments.v, &arguments.g};
   const Verdict verdict{shared + L::kOutput};
 
-  for (int index = blockIdx.x, item = 0; index < items; index += gridDim.x, ++item) {
-    const int part = index % 2;
-    const int segment = index / 2 % maps_per_head;
-    const int head_index = index / 2 / maps_per_head;
-    const int batch = head_index / p.value_heads;
-    const int value_head = head_index - batch * p.value_heads;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+  if constexpr (!kSegments) cudaGridDependencySynchronize();  // the plan
+  int count = 0;
+  for (int index = blockIdx.x, next; index < items; index = next, ++count) {
+    next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
+    const TransitionItem item = read_transition<kSegments>(arguments, index);
+    const int chunks = (item.length + kChunk - 1) / kChunk;
+    for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
       if (chunk >= kTrialChunks) {
         int said;
         do {
           said = atomicOr(verdict.word(), 0);
-        } while (said <= 2 * item);
-        if (said == 2 * item + 2) break;
+        } while (said <= 2 * count);
+        if (said == 2 * count + 2) break;
       }
       ChunkInfo* info = loader.next_info();
-      const int token = ((segment + 1) * chunks - 1 - chunk) * kChunk;
+      const int done = (chunks - 1 - chunk) * kChunk;
+      const int token = item.begin + done;
       info->token = token;
-      info->batch = batch;
-      info->value_head = value_head;
-      info->sequence = batch;
-      info->left = kChunk;
-      info->part = part;
-      info->segment = segment;
+      info->batch = item.batch;
+      info->value_head = item.value_head;
+      info->sequence = item.sequence;
+      info->left = chunks > 0 ? item.length - done : 0;
+      info->part = item.part;
+      info->segment = item.segment;
       info->flags = 0;
-      info->item = item;
-      loader.load(maps, batch, token, value_head / group, value_head, 0);
+      info->chunks = chunks;
+      info->item = count;
+      if (chunks > 0) {
+        loader.load(maps, item.batch, token, item.value_head / group, item.value_head, 0);
+      } else {
+        loader.skip();
+      }
     }
   }
   loader.finish();
 }
 
-template <typename L>
-__device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Barriers barriers) {
+template <typename L, bool kSegments>
+__device__ void scan_transitions(const TransitionArguments& arguments, uint32_t shared, Barriers barriers) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
   // What is left of a state 2^-24 times as large as before is below its fp32 rounding.
   constexpr float kForgottenSquares = 3.5527136788005009e-15f;  // 2^-48
   // Squares that a few chunks of the same kind would not bring down to that.
   constexpr float kHopelessSquares = 2.44140625e-4f;  // 2^-12
-  const ChunkKdaFwdParams& p = arguments.p;
+  const ChunkKdaTransitionParams& p = arguments.p;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int pair = lane % 4 * 2;
@@ -107,6 +162,7 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
     const uint4 where = load_shared<uint4>(info);
     const uint4 what = load_shared<uint4>(info + 16);
     if (int(what.x) == kStop) break;
+    const int chunks = load_shared<int>(info + 32);
     const int item = load_shared<int>(info + 40);
     const int row = int(what.y) * 64 + warp * 16 + lane / 4;  // and row + 8
 
@@ -116,11 +172,13 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
       map[j / 32][j % 32] = column == row + j / 2 % 2 * 8 ? 1.f : 0.f;
       offset[j / 32][j % 32] = 0.f;
     }
+    if (chunks > 0) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float4 d[4];
-      load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
-      copy_and_decay(map, copy, half, d);
+      for (int half = 0; half < 2; ++half) {
+        float4 d[4];
+        load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
+        copy_and_decay(map, copy, half, d);
+      }
     }
 
     bool forgotten = false, undecided = true;
@@ -128,13 +186,13 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
     // B's products of a chunk run beside the next one's first.
     uint32_t packed[4] = {};
     uint32_t stage = cursor.stage;
-    const auto values_at = [&](uint32_t stage) { return swizzled_128b(shared + stage * L::kStageBytes + kValueOffset); };
+    const auto values_at = [&](uint32_t stage) { return swizzled_128b(shared + stage * L::kStageBytes + L::value_offset(0)); };
     const auto add_offset = [&](cute::GmmaDescriptor values) {
       wgmma<Major::MN>(offset[0], packed, values);
-      wgmma<Major::MN>(offset[1], packed, moved(values, kTileBytes));
+      wgmma<Major::MN>(offset[1], packed, moved(values, L::value_offset(1) - L::value_offset(0)));
       cute::warpgroup_commit_batch();
     };
-    for (;;) {
+    while (chunks > 0) {
       const cute::GmmaDescriptor tiles = swizzled_128b(shared + cursor.stage * L::kStageBytes);
       const cute::GmmaDescriptor system =
           mn_major_plain(shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset, 32);
@@ -167,7 +225,7 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
       cute::warpgroup_commit_batch();
       wgmma<Major::MN>(map[1], packed, moved(tiles, kKeyOffset + 4096));
       cute::warpgroup_commit_batch();
-      if (++done == arguments.segment_chunks) {
+      if (++done == chunks) {
         cute::warpgroup_wait<0>();
         break;
       }
@@ -206,28 +264,42 @@ __device__ void scan_transitions(const Arguments& arguments, uint32_t shared, Ba
         if (forgotten) break;
       }
     }
-    cute::warpgroup_arrive();
-    add_offset(values_at(stage));
-    cute::warpgroup_wait<0>();
+    if (chunks > 0) {
+      cute::warpgroup_arrive();
+      add_offset(values_at(stage));
+      cute::warpgroup_wait<0>();
+    } else {
+      cursor.advance(1);
+    }
     mbarrier_arrive(barriers.empty(stage));
 
-    const int64_t map_index =
-        (int64_t(where.w) * p.value_heads + where.z) * (arguments.segments - 1) + int(what.z);
-    store_state(offset, reinterpret_cast<float*>(arguments.offsets + map_index * kOffsetBytes), true, row, pair);
-    if (threadIdx.x == 0) arguments.forgotten[map_index * 2 + what.y] = forgotten;
-    if (!forgotten) {
-      char* rows = arguments.maps + map_index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
+    const int64_t head = int64_t(where.w) * p.value_heads + where.z;
+    if constexpr (kSegments) {
+      const SegmentArguments& to = arguments.segmented;
+      const int64_t index = head * (to.segments - 1) + int(what.z);
+      store_state(offset, reinterpret_cast<float*>(to.offsets + index * kOffsetBytes), true, row, pair);
+      if (threadIdx.x == 0) to.forgotten[index * 2 + what.y] = forgotten;
+      if (!forgotten) {
+        char* rows = to.maps + index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const int chunk = (j % 8 ^ lane / 4) * 16;
+        for (int j = 0; j < 16; ++j) {
+          const int chunk = (j % 8 ^ lane / 4) * 16;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float* r = &map[j / 8][j % 8 * 4 + 2 * i];
-          // Saturated, so that an infinity, which keys longer than 1 can make, leaves a state of zero alone.
-          *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) =
-              pack_fp16(fminf(fmaxf(r[0], -65504.f), 65504.f), fminf(fmaxf(r[1], -65504.f), 65504.f));
+          for (int i = 0; i < 2; ++i) {
+            const float* r = &map[j / 8][j % 8 * 4 + 2 * i];
+            // Saturated, so that an infinity, which keys longer than 1 can make, leaves a state of zero alone.
+            *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) =
+                pack_fp16(fminf(fmaxf(r[0], -65504.f), 65504.f), fminf(fmaxf(r[1], -65504.f), 65504.f));
+          }
         }
       }
+    } else {
+      if (forgotten) {
+#pragma unroll
+        for (int j = 0; j < 64; ++j) map[j / 32][j % 32] = 0.f;
+      }
+      store_state(map, p.map + head * (kHeadDim * kHeadDim), !p.state_v_first, row, pair);
+      store_state(offset, p.offset + head * (kHeadDim * kHeadDim), !p.state_v_first, row, pair);
     }
 
     // What the loader had brought of this segment before it knew.

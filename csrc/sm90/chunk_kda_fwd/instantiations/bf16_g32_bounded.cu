@@ -3,4 +3,5 @@
 namespace flashkda::chunk_kda_fwd {
 template cudaError_t launch<__nv_bfloat16, float, true, 1>(const ChunkKdaFwdParams&, const Plan&, cudaStream_t);
 template cudaError_t launch<__nv_bfloat16, float, true, 2>(const ChunkKdaFwdParams&, const Plan&, cudaStream_t);
+template cudaError_t launch_transitions<__nv_bfloat16, float, true>(const ChunkKdaTransitionParams&, int, cudaStream_t);
 }  // namespace flashkda::chunk_kda_fwd

@@ -3,4 +3,5 @@
 namespace flashkda::chunk_kda_fwd {
 template cudaError_t launch<__half, __half, false, 1>(const ChunkKdaFwdParams&, const Plan&, cudaStream_t);
 template cudaError_t launch<__half, __half, false, 2>(const ChunkKdaFwdParams&, const Plan&, cudaStream_t);
+template cudaError_t launch_transitions<__half, __half, false>(const ChunkKdaTransitionParams&, int, cudaStream_t);
 }  // namespace flashkda::chunk_kda_fwd
