@@ -52,6 +52,12 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   compiler_fence();
 }
 
+// For one thread that is far ahead of those it waits for: leaves them its issue slots.
+__device__ __forceinline__ void mbarrier_wait_patiently(uint32_t barrier, uint32_t parity) {
+  while (!cutlass::arch::ClusterBarrier::try_wait(shared_pointer<uint64_t>(barrier), parity)) __nanosleep(50);
+  compiler_fence();
+}
+
 // ---- the copy engine
 
 __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int x0,

@@ -24,7 +24,7 @@ struct Loader {
   Cursor<L::kStages> cursor{0};
 
   __device__ __forceinline__ ChunkInfo* next_info() const {
-    mbarrier_wait(barriers.empty(cursor.stage), cursor.parity ^ 1);
+    mbarrier_wait_patiently(barriers.empty(cursor.stage), cursor.parity ^ 1);
     return reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(infos) + cursor.stage * kFactorBytes);
   }
 

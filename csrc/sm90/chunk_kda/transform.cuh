@@ -231,8 +231,8 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     };
 
     // Slices at a time. Kr of two slices covers what g of the first took where g has 32 bits, so both slices' gates
-    // come first.
-    constexpr int kTogether = L::kWideGate ? 2 : 1;
+    // come first. Transitions of fast gates end before a second chunk is there to hide the latency of the first.
+    constexpr int kTogether = L::kWideGate || kPass == Pass::kTransition ? 2 : 1;
     const auto transform_slices = [&](auto with_query) {
 #pragma unroll 1
       for (int first = 0; first < kHeadDim / 16; first += kTogether) {

@@ -108,9 +108,7 @@ __device__ void load_transitions(const TransitionArguments& arguments, uint32_t 
     for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
       if (chunk >= kTrialChunks) {
         int said;
-        do {
-          said = atomicOr(verdict.word(), 0);
-        } while (said <= 2 * count);
+        while ((said = atomicOr(verdict.word(), 0)) <= 2 * count) __nanosleep(50);
         if (said == 2 * count + 2) break;
       }
       ChunkInfo* info = loader.next_info();
