@@ -57,11 +57,13 @@ struct Plan {
   size_t workspace_bytes;
 };
 
-// Multiprocessor cycles, as measured (docs/kernel_notes.md).
-constexpr int64_t kScanCycles[3] = {0, 1180, 1790};  // of a chunk, by `scans`
-constexpr int64_t kTransitionCycles = 1000;          // of a chunk
-constexpr int64_t kMapCycles = 2000;                 // of taking a state through one segment
-constexpr int64_t kSegmentedCycles = 14000;          // of having segments at all
+// Nanoseconds on an H100, as measured (docs/kernel_notes.md).
+constexpr int64_t kScanNs[3] = {0, 735, 1050};  // of a chunk, by `scans`
+constexpr int64_t kTransitionNs = 750;          // of a chunk
+constexpr int64_t kMapNs = 1900;                // of taking a state through one segment
+constexpr int64_t kTogetherNs = 5000;           // of transitions that run beside the first chunks of the prefill
+constexpr int64_t kAheadNs = 12000;             // of transitions that run ahead of it
+constexpr int64_t kRoundNs = 12000;             // of each further item of a block of theirs
 
 // With one_segment, how a sequence is computed depends on nothing but itself.
 inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment, int sm_count) {
@@ -75,18 +77,22 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
 
   if (!has_cu_seqlens && !one_segment && 2 * heads <= sm_count) {
     const auto rounds = [&](int64_t blocks) { return (blocks + sm_count - 1) / sm_count; };
-    int64_t best = chunks * kScanCycles[1];
+    // Which gates a call has is not known here, so fast and slow ones count alike: with slow ones the transitions run
+    // to the end, and states go through all of them.
+    int64_t best = 2 * chunks * kScanNs[1];
     for (int64_t wanted = 2; wanted <= kMaxSegments && wanted * kMinSegmentChunks <= chunks; ++wanted) {
       const int64_t segment_chunks = (chunks + wanted - 1) / wanted;
       const int64_t segments = (chunks + segment_chunks - 1) / segment_chunks;
-      // What slow gates cost beyond fast ones counts for half: which they are is not known here.
-      const int64_t slow = rounds(2 * heads * (segments - 1)) * segment_chunks * kTransitionCycles +
-                           (segments - 1) * kMapCycles;
+      const int64_t transitions = 2 * heads * (segments - 1);
+      const int64_t transition_rounds = rounds(transitions);
+      const int64_t slow = transition_rounds * segment_chunks * kTransitionNs + (segments - 1) * kMapNs;
       for (int scans = 1; scans <= 2; ++scans) {
-        const int64_t cycles =
-            rounds((3 - scans) * heads * segments) * segment_chunks * kScanCycles[scans] + slow / 2 + kSegmentedCycles;
-        if (cycles >= best) continue;
-        best = cycles;
+        const int64_t blocks = (3 - scans) * heads * segments;
+        const int64_t before =
+            transitions + blocks <= sm_count ? kTogetherNs : kAheadNs + (transition_rounds - 1) * kRoundNs;
+        const int64_t ns = 2 * (rounds(blocks) * segment_chunks * kScanNs[scans] + before) + slow;
+        if (ns >= best) continue;
+        best = ns;
         plan.scans = scans;
         plan.segments = int(segments);
         plan.segment_chunks = int(segment_chunks);
