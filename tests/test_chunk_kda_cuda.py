@@ -146,6 +146,31 @@ def test_the_same_bits_on_every_run_and_in_any_batch() -> None:
     assert torch.equal(o[:, 117:317], o_alone) and torch.equal(state[2:3], state_alone)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"T": 1100},
+        {"T": 1100, "B": 3, "state_v_first": True},
+        {"T": 2085, "H": 1, "HV": 1, "gate": "unbounded"},
+        {"T": 1100, "H": 2, "HV": 6, "gate": "precomputed", "dtype": torch.float16},
+        {"T": 1100, "initial_state": False},
+        {"T": 777, "H": 24, "HV": 24},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("slow", ["none", "some", "all"])
+def test_a_call_in_segments_is_as_close_as_one_that_is_not(options: dict[str, Any], slow: str) -> None:
+    heads = options.get("HV", 4)
+    call = kernel_call(**options, slow_heads={"none": 0, "some": (heads + 1) // 2, "all": heads}[slow])
+    o, state = run(call)
+    assert all(torch.equal(a, b) for a, b in zip(run(call), (o, state), strict=True))
+    expected = reference(call)
+    one = run(call | {"batch_invariant": True})
+    for actual, whole, exact in zip((o, state), one, expected, strict=True):
+        assert error(actual, exact, heads=1 if actual is state else 2) < TOLERANCE
+        assert error(actual, exact) < 1.15 * error(whole, exact) + 1e-5
+
+
 def test_captured_calls_replay_with_any_sequences_interleaved() -> None:
     generator = torch.Generator().manual_seed(0)
     captured = []

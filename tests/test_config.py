@@ -161,3 +161,25 @@ def test_grouped_value_heads_need_fp32_gradients_of_q_and_k_for_each() -> None:
 def test_the_backward_workspace_grows_linearly_with_the_tokens() -> None:
     dense = [backward_workspace(T, H=8, HV=8) for T in (1024, 2048, 4096)]
     assert dense[2] - dense[1] == 2 * (dense[1] - dense[0])
+
+
+def forward_workspace(T: int, heads: int, *, sequences: int = 1, packed: bool = False, one: bool = False) -> int:
+    loaded, status = cuda.extension_status()
+    if not loaded:
+        pytest.skip(status)
+    return cuda._forward_workspace_bytes(sequences, heads, T, packed, one, 132)
+
+
+def test_only_dense_calls_of_few_heads_take_memory_for_segments() -> None:
+    assert forward_workspace(8192, 16) > 0
+    assert forward_workspace(8192, 96) == forward_workspace(8192, 16, sequences=6) == 0
+    assert forward_workspace(8192, 16, one=True) == forward_workspace(64, 4) == 0
+    assert forward_workspace(8192, 16, sequences=4, packed=True) < 200  # the plan
+
+
+@pytest.mark.parametrize("heads", [1, 4, 12, 16, 32, 48, 66])
+@pytest.mark.parametrize("T", [17, 512, 2048, 8192, 131072, 2**20])
+def test_the_segments_of_a_call_take_20_mb_at_most(T: int, heads: int) -> None:
+    map_bytes = 2 * 128 * 128 + 4 * 128 * 128 + 8
+    size = forward_workspace(T, heads)
+    assert size % map_bytes == 0 and size <= 20e6

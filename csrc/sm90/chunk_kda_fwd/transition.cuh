@@ -285,9 +285,7 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const float* r = &map[j / 8][j % 8 * 4 + 2 * i];
-            // Saturated, so that an infinity, which keys longer than 1 can make, leaves a state of zero alone.
-            *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) =
-                pack_fp16(fminf(fmaxf(r[0], -65504.f), 65504.f), fminf(fmaxf(r[1], -65504.f), 65504.f));
+            *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) = pack_fp16(r[0], r[1]);
           }
         }
       }
