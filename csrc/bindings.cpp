@@ -185,8 +185,8 @@ void chunk_kda_forward(const ChunkKdaParams& params, uintptr_t o, uintptr_t fina
   check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_fwd");
 }
 
-void chunk_kda_transition(const ChunkKdaParams& params, uintptr_t map, uintptr_t offset, uintptr_t workspace, int device,
-                          uintptr_t stream) {
+void chunk_kda_transition(const ChunkKdaParams& params, uintptr_t map, uintptr_t offset, uintptr_t workspace,
+                          int device, uintptr_t stream) {
   ChunkKdaTransitionParams p = {params};
   p.map = pointer<float>(map);
   p.offset = pointer<float>(offset);
@@ -194,6 +194,30 @@ void chunk_kda_transition(const ChunkKdaParams& params, uintptr_t map, uintptr_t
   p.sm_count = sm_count(device);
   use_device(device);
   check(launch_chunk_kda_transition(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_transition");
+}
+
+// Without checkpoints their indices are absent.
+void chunk_kda_paged(const ChunkKdaParams& params, uintptr_t o, uintptr_t state_pool, Dtype state_dtype,
+                     int64_t pool_rows, int64_t pool_stride, const IndexView& state_indices,
+                     uintptr_t has_initial_state, int checkpoints, const IndexView& checkpoint_offsets,
+                     const IndexView& checkpoint_indices, bool one_segment, uintptr_t workspace, int device,
+                     uintptr_t stream) {
+  ChunkKdaFwdParams p = {params};
+  p.o = pointer<void>(o);
+  p.pool.states = pointer<void>(state_pool);
+  p.pool.dtype = state_dtype;
+  p.pool.rows = pool_rows;
+  p.pool.stride = pool_stride;
+  p.pool.indices = indices(state_indices);
+  p.pool.has_initial_state = pointer<const bool>(has_initial_state);
+  p.pool.checkpoints = checkpoints;
+  p.pool.checkpoint_offsets = indices(checkpoint_offsets);
+  p.pool.checkpoint_indices = indices(checkpoint_indices);
+  p.one_segment = one_segment;
+  p.workspace = pointer<void>(workspace);
+  p.sm_count = sm_count(device);
+  use_device(device);
+  check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_paged");
 }
 
 void chunk_kda_backward(const ChunkKdaParams& params, const BatchedView& d_o, uintptr_t d_final_state, uintptr_t dq,
@@ -255,7 +279,7 @@ PYBIND11_MODULE(_C, m) {
         "state_v_first"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a,
         "rows_per_warp"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_fwd_workspace_bytes", &flashkda::chunk_kda_fwd_workspace_bytes, "sequences"_a, "value_heads"_a,
-        "tokens"_a, "has_cu_seqlens"_a, "one_segment"_a, "sm_count"_a);
+        "tokens"_a, "has_cu_seqlens"_a, "one_segment"_a, "sm_count"_a, "has_pool"_a, "checkpoints"_a);
   m.def("chunk_kda_transition_workspace_bytes", &flashkda::chunk_kda_transition_workspace_bytes, "sequences"_a,
         "has_cu_seqlens"_a);
   m.def("chunk_kda_bwd_workspace_bytes", &flashkda::chunk_kda_bwd_workspace_bytes, "batch"_a, "sequences"_a, "heads"_a,
@@ -269,6 +293,9 @@ PYBIND11_MODULE(_C, m) {
         "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_transition", &flashkda::chunk_kda_transition, "params"_a, py::kw_only(), "map"_a, "offset"_a,
         "workspace"_a, "device"_a, "stream"_a);
+  m.def("chunk_kda_paged", &flashkda::chunk_kda_paged, "params"_a, py::kw_only(), "o"_a, "state_pool"_a,
+        "state_dtype"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "has_initial_state"_a, "checkpoints"_a,
+        "checkpoint_offsets"_a, "checkpoint_indices"_a, "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_bwd", &flashkda::chunk_kda_backward, "params"_a, py::kw_only(), "d_o"_a, "d_final_state"_a, "dq"_a,
         "dk"_a, "dv"_a, "dg"_a, "dbeta"_a, "dA_log"_a, "d_dt_bias"_a, "d_initial_state"_a, "workspace"_a, "device"_a,
         "stream"_a);

@@ -115,9 +115,27 @@ struct ChunkKdaParams {
   float beta_factor;  // 2 where negative eigenvalues are allowed, else 1; applies after the sigmoid
 };
 
+// States that are rows of a pool, read and written in place. A sequence whose row is outside [0, rows) is padding: no
+// state is touched, its o is zero. One without tokens leaves its row as it is.
+struct StatePool {
+  void* states;                   // [rows, value_heads, 128, 128] dtype, a row dense; or null for no pool
+  Indices indices;                // [sequences]
+  const bool* has_initial_state;  // [sequences], where a sequence that has none starts from zero; or null for all have
+  int64_t rows;
+  int64_t stride;  // from row to row
+  Dtype dtype;     // fp32 or bf16; fp32 without a pool
+
+  // The state after checkpoint_offsets[n][i] tokens of sequence n also goes to row checkpoint_indices[n][i]. An offset
+  // outside [1, length] and a row outside the pool write nothing.
+  int checkpoints;             // of each sequence
+  Indices checkpoint_offsets;  // [sequences, checkpoints]
+  Indices checkpoint_indices;  // [sequences, checkpoints]
+};
+
 struct ChunkKdaFwdParams : ChunkKdaParams {
   void* o;             // [batch, tokens, value_heads, 128]  dtype, dense
   float* final_state;  // as initial_state, or null
+  StatePool pool;      // in place of initial_state and final_state
   bool one_segment;    // a sequence's bits depend on nothing but itself
 };
 

@@ -13,7 +13,7 @@ _KERNELS = {
     "chunk_kda": "CUDA kernel for K = V = 128, bf16 or fp16 tokens, without intermediate states",
     "chunk_kda_backward": "CUDA kernels for K = V = 128, bf16 or fp16 tokens",
     "chunk_kda_transition": "CUDA kernel for K = V = 128, bf16 or fp16 tokens",
-    "chunk_kda_paged": "the kernel of chunk_kda between gathering and scattering rows of the pool, without checkpoints",
+    "chunk_kda_paged": "the kernel of chunk_kda, on rows of the pool in place",
     "recurrent_kda_paged": "CUDA kernels for K = V = 128, bf16 or fp16 tokens",
 }
 

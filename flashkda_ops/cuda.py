@@ -96,6 +96,16 @@ def _tokens_reason(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> 
     return None
 
 
+def _pool_reason(state_pool: Tensor) -> str | None:
+    """Why no kernel takes this (valid) pool beside tokens that it serves."""
+    if state_pool.stride()[2:] != (128, 1) or (state_pool.shape[1] > 1 and state_pool.stride(1) != 128 * 128):
+        return f"state_pool has strides {state_pool.stride()}: the kernel takes dense rows"
+    per_16_bytes = 16 // state_pool.element_size()
+    if state_pool.stride(0) % per_16_bytes != 0 or state_pool.storage_offset() % per_16_bytes != 0:
+        return "state_pool is not aligned to 16 bytes"
+    return None
+
+
 def _option_arguments(options: KdaOptions) -> dict[str, Any]:
     """The options as all kernels take them."""
     gate = _extension().Gate
@@ -119,15 +129,9 @@ def recurrent_kda_paged_reason(
     state_pool: Tensor,
 ) -> str | None:
     """Why no decode kernel serves this (valid) call, or None if one does. Reads no tensor's values."""
-    reason = _tokens_reason(q, k, v, g, beta)
+    reason = _tokens_reason(q, k, v, g, beta) or _pool_reason(state_pool)
     if reason is not None:
         return reason
-    heads = v.shape[2]
-    if state_pool.stride()[2:] != (128, 1) or (heads > 1 and state_pool.stride(1) != 128 * 128):
-        return f"state_pool has strides {state_pool.stride()}: the kernel takes dense rows"
-    per_16_bytes = 16 // state_pool.element_size()
-    if state_pool.stride(0) % per_16_bytes != 0 or state_pool.storage_offset() % per_16_bytes != 0:
-        return "state_pool is not aligned to 16 bytes"
     if q.shape[1] > (2**31 - 1) // 2:
         return f"T={q.shape[1]}: the kernel counts in 32 bits"
     return None
@@ -219,9 +223,18 @@ def _sm_count(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _forward_workspace_bytes(
-    sequences: int, value_heads: int, tokens: int, packed: bool, one_segment: bool, sm_count: int
+    sequences: int,
+    value_heads: int,
+    tokens: int,
+    packed: bool,
+    one_segment: bool,
+    sm_count: int,
+    has_pool: bool = False,
+    checkpoints: int = 0,
 ) -> int:
-    return _extension().chunk_kda_fwd_workspace_bytes(sequences, value_heads, tokens, packed, one_segment, sm_count)
+    return _extension().chunk_kda_fwd_workspace_bytes(
+        sequences, value_heads, tokens, packed, one_segment, sm_count, has_pool, checkpoints
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -404,6 +417,79 @@ def chunk_kda_transition(
             params,
             map=M.data_ptr(),
             offset=B.data_ptr(),
+            workspace=_address(workspace),
+            device=device.index,
+            stream=torch._C._cuda_getCurrentRawStream(device.index),
+        )
+
+
+def chunk_kda_paged_reason(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state_pool: Tensor,
+    cu_seqlens: Tensor | None,
+) -> str | None:
+    """Why the prefill kernel does not read and write this (valid) pool, or None if it does. Reads no tensor's values."""
+    reason = chunk_kda_reason(q, k, v, g, beta, None, None, None, cu_seqlens)
+    if reason is not None:
+        return reason
+    if state_pool.shape[0] > 2**31 - 1:
+        return f"state_pool has {state_pool.shape[0]} rows: the kernel counts in 32 bits"
+    return _pool_reason(state_pool)
+
+
+def chunk_kda_paged(
+    o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state_pool: Tensor,
+    state_indices: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    has_initial_state: Tensor | None,
+    checkpoint_offsets: Tensor | None,
+    checkpoint_indices: Tensor | None,
+    options: KdaOptions,
+    *,
+    state_v_first: bool,
+    batch_invariant: bool,
+) -> None:
+    """Launches the prefill kernel on the current stream; writes all of o, dense, and rows of state_pool."""
+    device = q.device
+    tokens, value_heads = v.shape[1:3]
+    params, _alive = _chunk_params(q, k, v, g, beta, A_log, dt_bias, None, cu_seqlens, options, state_v_first)
+    has_initial_state = None if has_initial_state is None else has_initial_state.contiguous()
+    checkpoints = 0
+    if checkpoint_offsets is not None and checkpoint_indices is not None:
+        checkpoints = checkpoint_offsets.shape[1]
+        checkpoint_offsets, checkpoint_indices = checkpoint_offsets.contiguous(), checkpoint_indices.contiguous()
+    size = _forward_workspace_bytes(
+        state_indices.shape[0], value_heads, tokens, cu_seqlens is not None, batch_invariant, _sm_count(device),
+        True, checkpoints,
+    )  # fmt: skip
+    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+
+    with _current(device):
+        _extension().chunk_kda_paged(
+            params,
+            o=o.data_ptr(),
+            state_pool=state_pool.data_ptr(),
+            state_dtype=_dtypes()[state_pool.dtype],
+            pool_rows=state_pool.shape[0],
+            pool_stride=state_pool.stride(0),
+            state_indices=_indices(state_indices),
+            has_initial_state=_address(has_initial_state),
+            checkpoints=checkpoints,
+            checkpoint_offsets=_indices(checkpoint_offsets),
+            checkpoint_indices=_indices(checkpoint_indices),
+            one_segment=batch_invariant,
             workspace=_address(workspace),
             device=device.index,
             stream=torch._C._cuda_getCurrentRawStream(device.index),

@@ -262,8 +262,7 @@ def chunk_kda_paged(
         checkpoint_offsets, checkpoint_indices: ``[N, checkpoints]``, int32 or int64: the state after
             ``checkpoint_offsets[n, c]`` tokens of sequence ``n`` also goes to row ``checkpoint_indices[n, c]``, for a
             prefix cache. Offsets are in any order; one outside ``[1, length]``, a slot outside ``[0, rows)`` and any of
-            a padding sequence write nothing. Slots in range are distinct, from ``state_indices`` too. Such a call runs
-            on the portable path.
+            a padding sequence write nothing. Slots in range are distinct, from ``state_indices`` too.
         The others: see :func:`chunk_kda`; without ``use_gate_in_kernel``, ``A_log``, ``dt_bias`` and ``lower_bound``
         must be None. ``validate`` also checks ``state_indices``.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashkda_ops import portable
+from flashkda_ops import cuda, portable
 from flashkda_ops.ops import chunk_kda
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.paged import on_rows, safe_cu_seqlens, valid_slots, write_rows
@@ -79,6 +79,13 @@ def op(*args: Any) -> Tensor:
         check_slots(a.state_indices, a.state_pool.shape[0], a.cu_seqlens, None, a.checkpoint_indices)
     if sizes.T == 0 or sizes.N == 0 or a.state_pool.shape[0] == 0:
         return a.v.new_zeros(sizes.B, sizes.T, sizes.HV, sizes.V)
+    if a.q.is_cuda and cuda.chunk_kda_paged_reason(*a[:6], a.cu_seqlens) is None:
+        o = a.v.new_empty(sizes.B, sizes.T, sizes.HV, sizes.V)
+        cuda.chunk_kda_paged(
+            o, *a[:11], a.checkpoint_offsets, a.checkpoint_indices, KdaOptions.of(a), state_v_first=a.state_v_first,
+            batch_invariant=a.batch_invariant,
+        )  # fmt: skip
+        return o
     unpaged = {name: value for name, value in a._asdict().items() if name in chunk_kda.Arguments._fields}
 
     def forward(initial_state: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +99,7 @@ def op(*args: Any) -> Tensor:
 
 
 def _with_checkpoints(a: Arguments, initial_state: Tensor, offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and final states; the states at ``offsets`` go into the rows ``indices``. On the portable path, always:
-    the kernels return no states from within a sequence."""
+    """Outputs and final states, on the portable path; the states at ``offsets`` go into the rows ``indices``."""
     o, final, states = portable.chunk_kda_at_offsets(
         *a[:5], a.A_log, a.dt_bias, initial_state, a.cu_seqlens, offsets, KdaOptions.of(a),
         state_v_first=a.state_v_first,

@@ -110,17 +110,23 @@ struct ChunkInfo {
   int batch;
   int value_head;
   int sequence;
-  int left;  // tokens of the sequence from here on; 0 for an item without chunks, negative at the end of work
+  int left;     // tokens of the sequence from here on; 0 for an item without chunks, negative at the end of work
   int part;     // half of the rows, where blocks take halves
   int segment;  // of the sequence
   int flags;
-  int chunks;  // of kStates and kTransition: chunks of the item
+  int chunks;  // of kStates and kTransition: chunks of the item; of padding: tokens
   int tile;    // of kStates: the item's first
   int item;    // of kTransition: how many items came before in this block
+  // Of a prefill's first chunk: where the state of its value head comes from, and where it goes behind the run's last.
+  const void* initial_state;  // null for zero
+  void* final_state;          // null for nowhere
 };
+static_assert(kChunkInfoOffset + sizeof(ChunkInfo) <= kFactorBytes);
 constexpr int kStop = -1;
 constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; ends with it
 constexpr int kReverse = 4;                // the run goes from its last chunk to its first
+constexpr int kContinues = 8;              // the run begins with the state that the one before it ended with
+constexpr int kPadding = 16;               // no chunks: o gets zeros, for `chunks` tokens from `token` on
 
 // The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
 // chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.

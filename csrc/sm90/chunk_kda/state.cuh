@@ -3,6 +3,7 @@
 // and tokens their columns, so that the state is in accumulators whose bf16 copy is already an A operand.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include "common/hopper.cuh"
@@ -10,39 +11,56 @@
 
 namespace flashkda::chunk_kda {
 
-__device__ __forceinline__ void load_state(float (&state)[2][32], const float* matrix, bool v_first, int row,
-                                           int pair) {
+__device__ __forceinline__ float2 load_pair(const float* x) { return *reinterpret_cast<const float2*>(x); }
+__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* x) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
+}
+
+__device__ __forceinline__ void store_pair(float* x, float low, float high) {
+  *reinterpret_cast<float2*>(x) = make_float2(low, high);
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* x, float low, float high) {
+  *reinterpret_cast<__nv_bfloat162*>(x) = __floats2bfloat162_rn(low, high);
+}
+
+// Of a matrix in memory, the element that this thread holds first.
+__device__ __forceinline__ int first_element(bool v_first, int row, int pair) {
+  return v_first ? row * kHeadDim + pair : pair * kHeadDim + row;
+}
+
+// From and to memory, `first` being the address of the thread's first element. State: float or __nv_bfloat16. Not
+// through the read-only path: a kernel may write the same matrix later.
+template <typename State>
+__device__ __forceinline__ void load_state(float (&state)[2][32], const State* first, bool v_first) {
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float* s = &state[j / 8][j % 8 * 4 + 2 * i];
-      const int r = row + 8 * i, c = 8 * j + pair;
       if (v_first) {
-        const float2 x = __ldg(reinterpret_cast<const float2*>(matrix + r * kHeadDim + c));
+        const float2 x = load_pair(first + (8 * i * kHeadDim + 8 * j));
         s[0] = x.x;
         s[1] = x.y;
       } else {
-        s[0] = __ldg(matrix + c * kHeadDim + r);
-        s[1] = __ldg(matrix + (c + 1) * kHeadDim + r);
+        s[0] = float(first[8 * j * kHeadDim + 8 * i]);
+        s[1] = float(first[(8 * j + 1) * kHeadDim + 8 * i]);
       }
     }
   }
 }
 
-__device__ __forceinline__ void store_state(const float (&state)[2][32], float* matrix, bool v_first, int row,
-                                            int pair) {
+template <typename State>
+__device__ __forceinline__ void store_state(const float (&state)[2][32], State* first, bool v_first) {
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float* s = &state[j / 8][j % 8 * 4 + 2 * i];
-      const int r = row + 8 * i, c = 8 * j + pair;
       if (v_first) {
-        *reinterpret_cast<float2*>(matrix + r * kHeadDim + c) = make_float2(s[0], s[1]);
+        store_pair(first + (8 * i * kHeadDim + 8 * j), s[0], s[1]);
       } else {
-        matrix[c * kHeadDim + r] = s[0];
-        matrix[(c + 1) * kHeadDim + r] = s[1];
+        first[8 * j * kHeadDim + 8 * i] = State(s[0]);
+        first[(8 * j + 1) * kHeadDim + 8 * i] = State(s[1]);
       }
     }
   }

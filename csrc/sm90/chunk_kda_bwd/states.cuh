@@ -196,9 +196,10 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
     const bool reverse = what.w & kReverse;
     const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first
     const int64_t matrix = (int64_t(where.w) * p.value_heads + where.z) * (kHeadDim * kHeadDim);
+    const int64_t first = matrix + first_element(p.state_v_first, column + lane / 4, pair);
     const float* start = reverse ? p.d_final_state : p.initial_state;
     if (start) {
-      load_state(state, start + matrix, p.state_v_first, column + lane / 4, pair);
+      load_state(state, start + first, p.state_v_first);
     } else {
 #pragma unroll
       for (int i = 0; i < 64; ++i) state[i / 32][i % 32] = 0.f;
@@ -403,7 +404,7 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
     }
 
     if (reverse && p.d_initial_state) {
-      store_state(state, p.d_initial_state + matrix, p.state_v_first, column + lane / 4, pair);
+      store_state(state, p.d_initial_state + first, p.state_v_first);
     } else {
       // The last border, with no chunk behind it.
 #pragma unroll

@@ -8,14 +8,20 @@
 #include "sm90/chunk_kda/plan.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 #include "sm90/chunk_kda_fwd/launch.h"
+#include "sm90/chunk_kda_fwd/pool.cuh"
 
 namespace flashkda {
 namespace {
 
 template <typename T, typename G, bool kBounded>
-cudaError_t launch_scans(const ChunkKdaFwdParams& p, cudaStream_t stream) {
+cudaError_t launch_scans(ChunkKdaFwdParams p, cudaStream_t stream) {
   const chunk_kda_fwd::Plan plan =
-      chunk_kda_fwd::plan(p.sequences, p.value_heads, p.tokens, p.cu_seqlens != nullptr, p.one_segment, p.sm_count);
+      chunk_kda_fwd::plan(p.sequences, p.value_heads, p.tokens, p.cu_seqlens != nullptr, p.one_segment, p.sm_count,
+                          p.pool.states != nullptr, p.pool.checkpoints);
+  if (p.pool.states) {
+    const cudaError_t error = chunk_kda_fwd::prepare_pool(p, plan, stream);
+    if (error != cudaSuccess) return error;
+  }
   return plan.scans == 1 ? chunk_kda_fwd::launch<T, G, kBounded, 1>(p, plan, stream)
                          : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, plan, stream);
 }
@@ -42,8 +48,10 @@ cudaError_t plan_packed(const ChunkKdaParams& p, cudaStream_t stream) {
 }  // namespace
 
 size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens,
-                                     bool one_segment, int sm_count) {
-  return chunk_kda_fwd::plan(sequences, value_heads, tokens, has_cu_seqlens, one_segment, sm_count).workspace_bytes;
+                                     bool one_segment, int sm_count, bool has_pool, int checkpoints) {
+  return chunk_kda_fwd::plan(sequences, value_heads, tokens, has_cu_seqlens, one_segment, sm_count, has_pool,
+                             checkpoints)
+      .workspace_bytes;
 }
 
 cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& p, cudaStream_t stream) {
@@ -65,7 +73,7 @@ cudaError_t launch_chunk_kda_transition(const ChunkKdaTransitionParams& p, cudaS
   const int grid = int(std::min<int64_t>(items, p.sm_count));
   return dispatch(p, [&](auto token, auto gate, auto bounded) {
     return chunk_kda_fwd::launch_transitions<decltype(token), decltype(gate), decltype(bounded)::value>(p, grid,
-                                                                                                       stream);
+                                                                                                        stream);
   });
 }
 

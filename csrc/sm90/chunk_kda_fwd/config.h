@@ -48,12 +48,22 @@ struct SegmentArguments {
   int* forgotten;
 };
 
+// Where a state of a pool is to be left on the way: behind so many tokens of its sequence, in that row.
+struct Checkpoint {
+  int tokens;
+  int row;
+};
+constexpr int kNoCheckpoint = INT32_MAX;  // tokens; behind those of a sequence that are left
+
 struct Plan {
   int scans;           // halves of a value head's V that a block takes
   int segments;        // of each sequence
   int segment_chunks;  // chunks of a segment; the last one may have fewer
   int grid;
   int transition_grid;  // 0 where there is one segment
+  // For states in a pool, in the workspace: the checkpoints of each sequence in order, or, of calls in segments, copies
+  // of the initial states.
+  size_t pool_offset;
   size_t workspace_bytes;
 };
 
@@ -66,7 +76,8 @@ constexpr int64_t kAheadNs = 12000;             // of transitions that run ahead
 constexpr int64_t kRoundNs = 12000;             // of each further item of a block of theirs
 
 // With one_segment, how a sequence is computed depends on nothing but itself.
-inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment, int sm_count) {
+inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment, int sm_count,
+                 bool has_pool, int checkpoints) {
   const int64_t heads = int64_t(sequences) * value_heads;
   const int64_t chunks = tokens > kChunk ? (tokens + kChunk - 1) / kChunk : 1;
   Plan plan = {};
@@ -75,7 +86,7 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   plan.segments = 1;
   plan.segment_chunks = int(chunks);
 
-  if (!has_cu_seqlens && !one_segment && 2 * heads <= sm_count) {
+  if (!has_cu_seqlens && !one_segment && checkpoints == 0 && 2 * heads <= sm_count) {
     const auto rounds = [&](int64_t blocks) { return (blocks + sm_count - 1) / sm_count; };
     // Which gates a call has is not known here, so fast and slow ones count alike: with slow ones the transitions run
     // to the end, and states go through all of them.
@@ -109,6 +120,12 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
     plan.workspace_bytes = segment_layout(heads, plan.segments).bytes;
   }
   if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;
+  if (checkpoints > 0 || (has_pool && plan.segments > 1)) {
+    plan.pool_offset = (plan.workspace_bytes + 15) / 16 * 16;
+    plan.workspace_bytes =
+        plan.pool_offset + (checkpoints > 0 ? sizeof(Checkpoint) * size_t(sequences) * size_t(checkpoints)
+                                            : sizeof(float) * size_t(heads) * kHeadDim * kHeadDim);
+  }
   return plan;
 }
 

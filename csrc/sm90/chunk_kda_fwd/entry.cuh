@@ -76,7 +76,9 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
 
   int i = max(last, 0);
   if (last < 0 && p.initial_state) {
-    load_state(state, p.initial_state + head * (kHeadDim * kHeadDim), p.state_v_first, column + lane / 4, pair);
+    load_state(state,
+               p.initial_state + head * (kHeadDim * kHeadDim) + first_element(p.state_v_first, column + lane / 4, pair),
+               p.state_v_first);
   } else {
     load_offset(i++);
     if (i == segment) return;
@@ -115,7 +117,8 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
       const cute::GmmaDescriptor rows = swizzled_128b(ring.buffers + half * MapRing::kHalfBytes);
       cute::warpgroup_arrive();
 #pragma unroll
-      for (int m = 0; m < 8; ++m) wgmma_fp16<Major::K>(state[half], copy + 4 * m, moved(rows, m / 4 * 8192 + m % 4 * 32));
+      for (int m = 0; m < 8; ++m)
+        wgmma_fp16<Major::K>(state[half], copy + 4 * m, moved(rows, m / 4 * 8192 + m % 4 * 32));
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<0>();
       mbarrier_arrive(ring.empty(half));

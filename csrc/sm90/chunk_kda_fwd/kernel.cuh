@@ -97,6 +97,7 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   SegmentArguments& segmented = arguments.segmented;
   segmented.segments = plan.segments;
   segmented.segment_chunks = plan.segment_chunks;
+  arguments.checkpoints = reinterpret_cast<const Checkpoint*>(static_cast<char*>(p.workspace) + plan.pool_offset);
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
   if (plan.segments == 1) {
     const bool overlap = p.cu_seqlens;  // with the plan

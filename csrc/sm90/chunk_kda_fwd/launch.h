@@ -12,7 +12,7 @@ namespace flashkda {
 
 // Bytes of device memory the call needs at params.workspace.
 size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens,
-                                     bool one_segment, int sm_count);
+                                     bool one_segment, int sm_count, bool has_pool, int checkpoints);
 
 cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& params, cudaStream_t stream);
 

@@ -8,6 +8,8 @@
 // with the factors as chunk_kda/pipeline.cuh has them. Everything is transposed.
 #pragma once
 
+#include <cstddef>
+
 #include "common/hopper.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
@@ -21,6 +23,26 @@ using namespace chunk_kda;
 
 // 16 tokens x 16 columns of o on their way out, one for each warp of the scan.
 constexpr int kOutputBytes = 512;
+
+// Where this thread's first element of a state is; null where the state is. Worked out ahead of the test: with a branch
+// around it ptxas spills in the transform.
+__device__ __forceinline__ uint64_t thread_place(const ChunkKdaFwdParams& p, uint64_t state, bool is_bf16, int row,
+                                                 int pair) {
+  const int first = first_element(p.state_v_first, row, pair);
+  return state ? state + first * (is_bf16 ? 2 : 4) : 0;
+}
+
+// Zeros in a warpgroup's 64 columns of o, for the tokens of a sequence that is padding.
+template <typename T>
+__device__ __forceinline__ void clear_o(const ChunkKdaFwdParams& p, uint4 where, int tokens, int column) {
+  const int thread = threadIdx.x % 128;
+  const int64_t row = int64_t(p.value_heads) * kHeadDim;
+  T* o = static_cast<T*>(p.o) + (int64_t(where.y) * p.tokens + where.x + thread / 8) * row + where.z * kHeadDim +
+         column + thread % 8 * 8;
+#pragma unroll 1
+  for (int token = thread / 8; token < tokens; token += 16, o += 16 * row)
+    *reinterpret_cast<uint4*>(o) = make_uint4(0, 0, 0, 0);
+}
 
 template <typename T, typename L, bool kSegments>
 __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers) {
@@ -67,16 +89,23 @@ __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barri
     const int length = int(what.x);
     if (length == kStop) break;
     const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first
-    const int64_t head = int64_t(where.w) * p.value_heads + where.z;
-    const int64_t matrix = head * (kHeadDim * kHeadDim);
+    const ulonglong2 states = load_shared<ulonglong2>(info + offsetof(ChunkInfo, initial_state));
     if (kSegments && !(what.w & kFromStart)) {
+      const int64_t head = int64_t(where.w) * p.value_heads + where.z;
       enter_segment<L>(state, copy, arguments, ring, head, int(what.z), column, pair);
-    } else if (p.initial_state) {
-      load_state(state, p.initial_state + matrix, p.state_v_first, column + lane / 4, pair);
-    } else {
+    } else if (!(what.w & kContinues)) {
+      const uint64_t initial = thread_place(p, states.x, reads_bf16(p), column + lane / 4, pair);
+      if (!initial) {
 #pragma unroll
-      for (int i = 0; i < 64; ++i) state[i / 32][i % 32] = 0.f;
+        for (int i = 0; i < 64; ++i) state[i / 32][i % 32] = 0.f;
+      } else if (reads_bf16(p)) {
+        load_state(state, reinterpret_cast<const __nv_bfloat16*>(initial), p.state_v_first);
+      } else {
+        load_state(state, reinterpret_cast<const float*>(initial), p.state_v_first);
+      }
     }
+    if (what.w & kPadding)
+      clear_o<T>(p, where, load_shared<int>(info + offsetof(ChunkInfo, chunks)), column - warp * 16);
 
     if (length > 0) {
 #pragma unroll
@@ -177,8 +206,14 @@ __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barri
       mbarrier_arrive(empty);
     }
     store_o();
-    if (p.final_state && (what.w & kToEnd))
-      store_state(state, p.final_state + matrix, p.state_v_first, column + lane / 4, pair);
+    const uint64_t final = thread_place(p, states.y, writes_bf16(p), column + lane / 4, pair);
+    if (final) {
+      if (writes_bf16(p)) {
+        store_state(state, reinterpret_cast<__nv_bfloat16*>(final), p.state_v_first);
+      } else {
+        store_state(state, reinterpret_cast<float*>(final), p.state_v_first);
+      }
+    }
     mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   }
 

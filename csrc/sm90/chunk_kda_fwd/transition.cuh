@@ -184,7 +184,9 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
     // B's products of a chunk run beside the next one's first.
     uint32_t packed[4] = {};
     uint32_t stage = cursor.stage;
-    const auto values_at = [&](uint32_t stage) { return swizzled_128b(shared + stage * L::kStageBytes + L::value_offset(0)); };
+    const auto values_at = [&](uint32_t stage) {
+      return swizzled_128b(shared + stage * L::kStageBytes + L::value_offset(0));
+    };
     const auto add_offset = [&](cute::GmmaDescriptor values) {
       wgmma<Major::MN>(offset[0], packed, values);
       wgmma<Major::MN>(offset[1], packed, moved(values, L::value_offset(1) - L::value_offset(0)));
@@ -247,8 +249,7 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
           for (int i = 0; i < 8; ++i) squares = fmaf(x[i], x[i], squares);
         }
 #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2)
-          squares += __shfl_xor_sync(0xffffffffu, squares, distance);
+        for (int distance = 1; distance < 32; distance *= 2) squares += __shfl_xor_sync(0xffffffffu, squares, distance);
         if (lane == 0) store_shared(verdict.sums(turn) + warp * 4, squares);
         cutlass::arch::NamedBarrier::sync(128, 0);
         const float4 all = load_shared<float4>(verdict.sums(turn));
@@ -275,7 +276,8 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
     if constexpr (kSegments) {
       const SegmentArguments& to = arguments.segmented;
       const int64_t index = head * (to.segments - 1) + int(what.z);
-      store_state(offset, reinterpret_cast<float*>(to.offsets + index * kOffsetBytes), true, row, pair);
+      store_state(offset, reinterpret_cast<float*>(to.offsets + index * kOffsetBytes) + first_element(true, row, pair),
+                  true);
       if (threadIdx.x == 0) to.forgotten[index * 2 + what.y] = forgotten;
       if (!forgotten) {
         char* rows = to.maps + index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
@@ -294,8 +296,9 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
 #pragma unroll
         for (int j = 0; j < 64; ++j) map[j / 32][j % 32] = 0.f;
       }
-      store_state(map, p.map + head * (kHeadDim * kHeadDim), !p.state_v_first, row, pair);
-      store_state(offset, p.offset + head * (kHeadDim * kHeadDim), !p.state_v_first, row, pair);
+      const int64_t first = head * (kHeadDim * kHeadDim) + first_element(!p.state_v_first, row, pair);
+      store_state(map, p.map + first, !p.state_v_first);
+      store_state(offset, p.offset + first, !p.state_v_first);
     }
 
     // What the loader had brought of this segment before it knew.

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include "common/indices.cuh"
 #include "common/memory.cuh"
 #include "sm90/recurrent_kda/config.h"
 #include "sm90/recurrent_kda/launch.h"
@@ -14,11 +15,6 @@
 #include "sm90/recurrent_kda/step.cuh"
 
 namespace flashkda::recurrent_kda {
-
-__device__ __forceinline__ int64_t load_index(Indices x, int64_t i) {
-  return x.is_64bit ? __ldg(static_cast<const int64_t*>(x.values) + i)
-                    : __ldg(static_cast<const int32_t*>(x.values) + i);
-}
 
 __device__ __forceinline__ bool is_row(const RecurrentKdaParams& p, int64_t slot) {
   return slot >= 0 && slot < p.pool_rows;
