@@ -130,6 +130,52 @@ def test_the_chunk_kernels_are_chosen_by_shape_and_dtype_alone(
     assert actual is None if reason is None else reason in actual
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"state_pool": meta(7, 4, 128, 128)}, None),
+        ({"state_pool": meta(7, 5, 128, 128, dtype=torch.float32)[:, :4]}, None),
+        ({"v": meta(2, 70, 4, 64)}, "V=64"),
+        ({"q": meta(2, 70, 2, 128, dtype=torch.float32)}, "float32"),
+        ({"state_pool": meta(7, 4 * 128 * 128 + 4)[:, 4:].unflatten(1, (4, 128, 128))}, "aligned"),
+        ({"state_pool": meta(2**31, 4, 128, 128)}, "32 bits"),
+    ],
+)
+def test_the_chunk_kernel_works_on_a_pool_by_shape_and_dtype_alone(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str | None
+) -> None:
+    monkeypatch.setattr(cuda, "device_reason", lambda device: None)
+    call = {name: x for name, x in chunk_call().items() if name in ("q", "k", "v", "g", "beta", "cu_seqlens")}
+    actual = cuda.chunk_kda_paged_reason(**call | {"state_pool": meta(7, 4, 128, 128, dtype=torch.float32)} | changes)
+    assert actual is None if reason is None else reason in actual
+
+
+def prefill_workspace(sequences: int, heads: int, tokens: int, *, packed: bool = False, **pool: Any) -> int:
+    loaded, status = cuda.extension_status()
+    if not loaded:
+        pytest.skip(status)
+    return cuda._forward_workspace_bytes(sequences, heads, tokens, packed, False, 132, **pool)
+
+
+def test_calls_on_a_pool_copy_initial_states_in_segments_alone() -> None:
+    for sequences, heads, tokens, packed, copies in [
+        (2, 4, 1024, False, 8),
+        (2, 4, 40, False, 0),
+        (2, 96, 1024, False, 0),
+        (2, 4, 1024, True, 0),
+    ]:
+        plain = prefill_workspace(sequences, heads, tokens, packed=packed)
+        size = prefill_workspace(sequences, heads, tokens, packed=packed, has_pool=True)
+        assert 0 <= size - plain - copies * 128 * 128 * 4 < 16
+
+
+def test_checkpoints_are_listed_in_the_workspace_and_leave_one_segment() -> None:
+    assert prefill_workspace(2, 4, 1024, has_pool=True, checkpoints=5) == 2 * 5 * 8
+    packed = prefill_workspace(3, 4, 1024, packed=True)
+    assert 0 <= prefill_workspace(3, 4, 1024, packed=True, has_pool=True, checkpoints=5) - packed - 3 * 5 * 8 < 16
+
+
 TILE = 64
 STATE_BYTES, SUM_BYTES = 2 * 128 * 128, 4 * (128 + 1)
 
