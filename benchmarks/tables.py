@@ -93,6 +93,25 @@ def prefill() -> str:
     return table(header, rows) + source(record)
 
 
+def paged() -> str:
+    """A batch a row: the kernel on rows of the pool, and rows gathered and scattered around the kernel."""
+    record = load("paged-h100")
+    cells: dict[tuple[str, int, str, int], dict[str, Any]] = {}
+    for row in record["rows"]:
+        case = (row["batch"], row["heads"], row["pool"], row["checkpoint_every"])
+        cells.setdefault(case, {})[row["impl"]] = row
+    rows = []
+    for (batch, heads, pool, every), impls in cells.items():
+        floor, us, other = (
+            impls["flashkda_ops"]["floor_us"],
+            *(impls[x]["graph_us"] for x in ("flashkda_ops", "gathered")),
+        )
+        line = [batch, str(heads), pool, str(every or ""), f"{floor:.1f}", f"{us:.1f}", f"{us / floor:.2f}"]
+        rows.append([*line, f"{other:.1f}", f"{other / us:.2f}"])
+    header = ["sequences x tokens", "heads", "pool", "checkpoint every", "floor, us", "us", "over the floor"]
+    return table([*header, "gathered, us", "times as long"], rows) + source(record)
+
+
 def accuracy() -> str:
     """A case a row: errors of the output and of the final state, over all and of the worst head."""
     record = load("accuracy-h100")
@@ -277,6 +296,7 @@ TABLES = {
     table.__name__: table
     for table in (
         prefill,
+        paged,
         training,
         train_step,
         decode,
