@@ -432,7 +432,7 @@ def chunk_kda_paged_reason(
     state_pool: Tensor,
     cu_seqlens: Tensor | None,
 ) -> str | None:
-    """Why the prefill kernel does not read and write this (valid) pool, or None if it does. Reads no tensor's values."""
+    """Why the prefill kernel does not work on this (valid) pool, or None if it does. Reads no tensor's values."""
     reason = chunk_kda_reason(q, k, v, g, beta, None, None, None, cu_seqlens)
     if reason is not None:
         return reason
