@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from common import cpu_us, version, write
 from torch import Tensor, nn
 
 from flashkda_ops import cuda
+from flashkda_ops.ops import plans
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from kda_lm import Config, KdaLM, Sequences
@@ -72,11 +73,16 @@ def without_empty_sequences(batch: Batch) -> Batch:
     return batch._replace(cu_seqlens=ends)
 
 
-def on_path(impl: str) -> AbstractContextManager[object]:
+@contextmanager
+def on_path(impl: str) -> Iterator[None]:
     """Where the calls of ``impl`` run: ops taken to the portable path for the comparison, or as they are."""
     if impl != "flashkda_ops (portable)":
-        return nullcontext()
-    return mock.patch.object(cuda, "chunk_kda_reason", lambda *arguments: "for comparison")
+        yield
+        return
+    plans.clear()
+    with mock.patch.object(cuda, "chunk_kda_reason", lambda *arguments: "for comparison"):
+        yield
+    plans.clear()
 
 
 def make_step(impl: str) -> Step:

@@ -1,14 +1,15 @@
 // flashkda_ops._C: addresses, sizes, strides and a stream in, one launch out. Importing it makes no CUDA call.
 //
-// An op is one function here, taking keywords alone, that fills the op's params, has them checked and launches; the two
-// directions of the chunk form share an object of what both read. Tensors are described in flashkda_ops/cuda.py;
-// validation for users happens before that, in the op itself.
+// An op is one function here that fills the op's params, has them checked and launches; the two directions of the chunk
+// form share an object of what both read. Tensors are described in flashkda_ops/cuda.py; validation for users happens
+// before that, in the op itself.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 #include <cutlass/version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <atomic>
@@ -137,28 +138,29 @@ void recurrent_kda_paged(const BatchedView& o, const BatchedView& q, const Batch
   }
 }
 
-// The workspace is not known yet.
-ChunkKdaParams chunk_kda_params(const BatchedView& q, const BatchedView& k, const BatchedView& v, const BatchedView& g,
-                                const BatchedView& beta, uintptr_t A_log, uintptr_t dt_bias, uintptr_t initial_state,
-                                uintptr_t cu_seqlens, int batch, int64_t tokens, int heads, int value_heads,
-                                int sequences, Dtype dtype, Dtype g_dtype, Dtype beta_dtype, bool cu_seqlens_is_64bit,
-                                bool state_v_first, Gate gate, float lower_bound, float scale, bool qk_l2norm,
-                                bool beta_sigmoid, float beta_factor) {
+// Strides over the batch, tokens and heads.
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+BatchedStrides batched(const Strides& s) { return {std::get<0>(s), std::get<1>(s), std::get<2>(s)}; }
+
+// What calls of the same layout share: all but addresses.
+ChunkKdaParams chunk_kda_params(const Strides& q, const Strides& k, const Strides& v, const Strides& g,
+                                const Strides& beta, int batch, int64_t tokens, int heads, int value_heads,
+                                int sequences, int sm_count, Dtype dtype, Dtype g_dtype, Dtype beta_dtype,
+                                bool cu_seqlens_is_64bit, bool state_v_first, Gate gate, float lower_bound, float scale,
+                                bool qk_l2norm, bool beta_sigmoid, float beta_factor) {
   ChunkKdaParams p = {};
-  set(p.q, p.q_stride, q);
-  set(p.k, p.k_stride, k);
-  set(p.v, p.v_stride, v);
-  set(p.g, p.g_stride, g);
-  set(p.beta, p.beta_stride, beta);
-  p.A_log = pointer<const float>(A_log);
-  p.dt_bias = pointer<const float>(dt_bias);
-  p.initial_state = pointer<const float>(initial_state);
-  p.cu_seqlens = pointer(cu_seqlens);
+  p.q_stride = batched(q);
+  p.k_stride = batched(k);
+  p.v_stride = batched(v);
+  p.g_stride = batched(g);
+  p.beta_stride = batched(beta);
   p.batch = batch;
   p.tokens = tokens;
   p.heads = heads;
   p.value_heads = value_heads;
   p.sequences = sequences;
+  p.sm_count = sm_count;
   p.dtype = dtype;
   p.g_dtype = g_dtype;
   p.beta_dtype = beta_dtype;
@@ -173,36 +175,51 @@ ChunkKdaParams chunk_kda_params(const BatchedView& q, const BatchedView& k, cons
   return p;
 }
 
-void chunk_kda_forward(const ChunkKdaParams& params, uintptr_t o, uintptr_t final_state, bool one_segment,
-                       uintptr_t workspace, int device, uintptr_t stream) {
+// Addresses of q, k, v, g, beta, A_log, dt_bias, initial_state and cu_seqlens.
+using Inputs = std::array<uintptr_t, 9>;
+
+void set_addresses(ChunkKdaParams& p, const Inputs& inputs, uintptr_t workspace) {
+  p.q = pointer(inputs[0]);
+  p.k = pointer(inputs[1]);
+  p.v = pointer(inputs[2]);
+  p.g = pointer(inputs[3]);
+  p.beta = pointer(inputs[4]);
+  p.A_log = pointer<const float>(inputs[5]);
+  p.dt_bias = pointer<const float>(inputs[6]);
+  p.initial_state = pointer<const float>(inputs[7]);
+  p.cu_seqlens = pointer(inputs[8]);
+  p.workspace = pointer<void>(workspace);
+}
+
+void chunk_kda_forward(const ChunkKdaParams& params, const Inputs& inputs, uintptr_t o, uintptr_t final_state,
+                       bool one_segment, uintptr_t workspace, int device, uintptr_t stream) {
   ChunkKdaFwdParams p = {params};
+  set_addresses(p, inputs, workspace);
   p.o = pointer<void>(o);
   p.final_state = pointer<float>(final_state);
   p.one_segment = one_segment;
-  p.workspace = pointer<void>(workspace);
-  p.sm_count = sm_count(device);
   use_device(device);
   check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_fwd");
 }
 
-void chunk_kda_transition(const ChunkKdaParams& params, uintptr_t map, uintptr_t offset, uintptr_t workspace,
-                          int device, uintptr_t stream) {
+void chunk_kda_transition(const ChunkKdaParams& params, const Inputs& inputs, uintptr_t map, uintptr_t offset,
+                          uintptr_t workspace, int device, uintptr_t stream) {
   ChunkKdaTransitionParams p = {params};
+  set_addresses(p, inputs, workspace);
   p.map = pointer<float>(map);
   p.offset = pointer<float>(offset);
-  p.workspace = pointer<void>(workspace);
-  p.sm_count = sm_count(device);
   use_device(device);
   check(launch_chunk_kda_transition(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_transition");
 }
 
 // Without checkpoints their indices are absent.
-void chunk_kda_paged(const ChunkKdaParams& params, uintptr_t o, uintptr_t state_pool, Dtype state_dtype,
-                     int64_t pool_rows, int64_t pool_stride, const IndexView& state_indices,
+void chunk_kda_paged(const ChunkKdaParams& params, const Inputs& inputs, uintptr_t o, uintptr_t state_pool,
+                     Dtype state_dtype, int64_t pool_rows, int64_t pool_stride, const IndexView& state_indices,
                      uintptr_t has_initial_state, int checkpoints, const IndexView& checkpoint_offsets,
                      const IndexView& checkpoint_indices, bool one_segment, uintptr_t workspace, int device,
                      uintptr_t stream) {
   ChunkKdaFwdParams p = {params};
+  set_addresses(p, inputs, workspace);
   p.o = pointer<void>(o);
   p.pool.states = pointer<void>(state_pool);
   p.pool.dtype = state_dtype;
@@ -214,29 +231,27 @@ void chunk_kda_paged(const ChunkKdaParams& params, uintptr_t o, uintptr_t state_
   p.pool.checkpoint_offsets = indices(checkpoint_offsets);
   p.pool.checkpoint_indices = indices(checkpoint_indices);
   p.one_segment = one_segment;
-  p.workspace = pointer<void>(workspace);
-  p.sm_count = sm_count(device);
   use_device(device);
   check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_paged");
 }
 
-void chunk_kda_backward(const ChunkKdaParams& params, const BatchedView& d_o, uintptr_t d_final_state, uintptr_t dq,
-                        uintptr_t dk, uintptr_t dv, uintptr_t dg, uintptr_t dbeta, uintptr_t dA_log,
-                        uintptr_t d_dt_bias, uintptr_t d_initial_state, uintptr_t workspace, int device,
+// grads: addresses of the gradients of q, k, v, g, beta, A_log, dt_bias and initial_state.
+void chunk_kda_backward(const ChunkKdaParams& params, const Inputs& inputs, uintptr_t d_o, const Strides& d_o_stride,
+                        uintptr_t d_final_state, const std::array<uintptr_t, 8>& grads, uintptr_t workspace, int device,
                         uintptr_t stream) {
   ChunkKdaBwdParams p = {params};
-  set(p.d_o, p.d_o_stride, d_o);
+  set_addresses(p, inputs, workspace);
+  p.d_o = pointer(d_o);
+  p.d_o_stride = batched(d_o_stride);
   p.d_final_state = pointer<const float>(d_final_state);
-  p.dq = pointer<void>(dq);
-  p.dk = pointer<void>(dk);
-  p.dv = pointer<void>(dv);
-  p.dg = pointer<void>(dg);
-  p.dbeta = pointer<void>(dbeta);
-  p.dA_log = pointer<float>(dA_log);
-  p.d_dt_bias = pointer<float>(d_dt_bias);
-  p.d_initial_state = pointer<float>(d_initial_state);
-  p.workspace = pointer<void>(workspace);
-  p.sm_count = sm_count(device);
+  p.dq = pointer<void>(grads[0]);
+  p.dk = pointer<void>(grads[1]);
+  p.dv = pointer<void>(grads[2]);
+  p.dg = pointer<void>(grads[3]);
+  p.dbeta = pointer<void>(grads[4]);
+  p.dA_log = pointer<float>(grads[5]);
+  p.d_dt_bias = pointer<float>(grads[6]);
+  p.d_initial_state = pointer<float>(grads[7]);
   use_device(device);
   check(launch_chunk_kda_bwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_bwd");
 }
@@ -272,8 +287,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("recurrent_kda_rows_per_warp", &flashkda::recurrent_kda::rows_per_warp, "sequences"_a, "value_heads"_a,
         "sm_count"_a);
-  m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, py::kw_only(), "o"_a, "q"_a, "k"_a, "v"_a, "g"_a,
-        "beta"_a, "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "slots"_a, "slot_stride"_a,
+  m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, "o"_a, "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a,
+        "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "slots"_a, "slot_stride"_a,
         "num_accepted_tokens"_a, "cu_seqlens"_a, "A_log"_a, "dt_bias"_a, "sequences"_a, "tokens"_a, "heads"_a,
         "value_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "state_dtype"_a,
         "state_v_first"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a,
@@ -285,18 +300,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_kda_bwd_workspace_bytes", &flashkda::chunk_kda_bwd_workspace_bytes, "batch"_a, "sequences"_a, "heads"_a,
         "value_heads"_a, "tokens"_a, "has_cu_seqlens"_a, "sm_count"_a);
   py::class_<flashkda::ChunkKdaParams>(m, "ChunkKdaParams")
-      .def(py::init(&flashkda::chunk_kda_params), py::kw_only(), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "A_log"_a,
-           "dt_bias"_a, "initial_state"_a, "cu_seqlens"_a, "batch"_a, "tokens"_a, "heads"_a, "value_heads"_a,
-           "sequences"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "cu_seqlens_is_64bit"_a, "state_v_first"_a, "gate"_a,
-           "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a);
-  m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, "params"_a, py::kw_only(), "o"_a, "final_state"_a,
-        "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
-  m.def("chunk_kda_transition", &flashkda::chunk_kda_transition, "params"_a, py::kw_only(), "map"_a, "offset"_a,
+      .def(py::init(&flashkda::chunk_kda_params), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "batch"_a, "tokens"_a,
+           "heads"_a, "value_heads"_a, "sequences"_a, "sm_count"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a,
+           "cu_seqlens_is_64bit"_a, "state_v_first"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a,
+           "beta_sigmoid"_a, "beta_factor"_a);
+  m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, "params"_a, "inputs"_a, "o"_a, "final_state"_a, "one_segment"_a,
         "workspace"_a, "device"_a, "stream"_a);
-  m.def("chunk_kda_paged", &flashkda::chunk_kda_paged, "params"_a, py::kw_only(), "o"_a, "state_pool"_a,
-        "state_dtype"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "has_initial_state"_a, "checkpoints"_a,
+  m.def("chunk_kda_transition", &flashkda::chunk_kda_transition, "params"_a, "inputs"_a, "map"_a, "offset"_a,
+        "workspace"_a, "device"_a, "stream"_a);
+  m.def("chunk_kda_paged", &flashkda::chunk_kda_paged, "params"_a, "inputs"_a, "o"_a, "state_pool"_a, "state_dtype"_a,
+        "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "has_initial_state"_a, "checkpoints"_a,
         "checkpoint_offsets"_a, "checkpoint_indices"_a, "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
-  m.def("chunk_kda_bwd", &flashkda::chunk_kda_backward, "params"_a, py::kw_only(), "d_o"_a, "d_final_state"_a, "dq"_a,
-        "dk"_a, "dv"_a, "dg"_a, "dbeta"_a, "dA_log"_a, "d_dt_bias"_a, "d_initial_state"_a, "workspace"_a, "device"_a,
-        "stream"_a);
+  m.def("chunk_kda_bwd", &flashkda::chunk_kda_backward, "params"_a, "inputs"_a, "d_o"_a, "d_o_stride"_a,
+        "d_final_state"_a, "grads"_a, "workspace"_a, "device"_a, "stream"_a);
 }

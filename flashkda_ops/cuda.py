@@ -1,18 +1,24 @@
-"""Tensors to raw pointers: the only module that imports the extension, which it does at the first question about it."""
+"""Tensors to raw pointers: the only module that imports the extension, which it does at the first question about it.
+
+The extension's functions are called by position, since matching forty keywords takes longer than the rest of a call.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashkda_ops.options import KdaOptions
+
+_Strides = tuple[int, int, int]
+_View = tuple[int, int, int, int]
+"""The address of a tensor [B, T, H] or [B, T, H, D], and its strides over the batch, tokens and heads."""
 
 
 @functools.cache
@@ -61,9 +67,13 @@ def _dtypes() -> dict[torch.dtype, Any]:
     return {torch.float32: dtype.float32, torch.float16: dtype.float16, torch.bfloat16: dtype.bfloat16}
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the device current for a launch. torch's guard costs microseconds: most calls need none."""
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+def _launch(function: Callable[..., None], device: torch.device, *arguments: Any) -> None:
+    """Calls a function of the extension, for the current stream of the device, which is current meanwhile."""
+    index = device.index
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):  # takes microseconds: most calls need none
+            return _launch(function, device, *arguments)
+    function(*arguments, index, torch._C._cuda_getCurrentRawStream(index))
 
 
 def _address(x: Tensor | None) -> int:
@@ -74,25 +84,16 @@ def _sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _loadable(x: Tensor, elements: int = 4) -> Tensor:
-    """x, or a copy where its last dimension is not contiguous or not aligned to loads of that many elements."""
-    strides = x.stride()
-    aligned = x.data_ptr() % (elements * x.element_size()) == 0 and all(s % elements == 0 for s in strides[:-1])
-    return x if strides[-1] == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
-
-
-def _tokens_reason(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> str | None:
+def _tokens_reason(q: Tensor, v: Tensor) -> str | None:
     """Why no kernel serves these (valid) tokens, or None if all do."""
     reason = device_reason(q.device)
     if reason is not None:
         return reason
-    if q.shape[3] != 128 or v.shape[3] != 128:
-        return f"K={q.shape[3]}, V={v.shape[3]}: the kernel has K=V=128"
-    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the kernel takes all bfloat16 or all float16"
-    for name, x in (("g", g), ("beta", beta)):
-        if x.dtype not in (q.dtype, torch.float32):
-            return f"{name} is {x.dtype} beside {q.dtype}: the kernel takes q's dtype or float32"
+    K, V = q.shape[3], v.shape[3]
+    if K != 128 or V != 128:
+        return f"K={K}, V={V}: the kernel has K=V=128"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"q, k, v are {q.dtype}: the kernel takes bfloat16 or float16"
     return None
 
 
@@ -106,18 +107,19 @@ def _pool_reason(state_pool: Tensor) -> str | None:
     return None
 
 
-def _option_arguments(options: KdaOptions) -> dict[str, Any]:
-    """The options as all kernels take them."""
+@functools.lru_cache(maxsize=1024)
+def _option_arguments(options: KdaOptions) -> tuple[Any, ...]:
+    """The options as all kernels take them: gate, lower_bound, scale, qk_l2norm, beta_sigmoid, beta_factor."""
     gate = _extension().Gate
     bounded = options.lower_bound is not None
-    return {
-        "gate": (gate.bounded if bounded else gate.unbounded) if options.use_gate_in_kernel else gate.precomputed,
-        "lower_bound": options.lower_bound if bounded else -1.0,  # not used, but divided by
-        "scale": options.scale,
-        "qk_l2norm": options.use_qk_l2norm_in_kernel,
-        "beta_sigmoid": options.use_beta_sigmoid_in_kernel,
-        "beta_factor": 2.0 if options.allow_neg_eigval else 1.0,
-    }
+    return (
+        (gate.bounded if bounded else gate.unbounded) if options.use_gate_in_kernel else gate.precomputed,
+        options.lower_bound if bounded else -1.0,  # not used, but divided by
+        options.scale,
+        options.use_qk_l2norm_in_kernel,
+        options.use_beta_sigmoid_in_kernel,
+        2.0 if options.allow_neg_eigval else 1.0,
+    )
 
 
 def recurrent_kda_paged_reason(
@@ -129,7 +131,7 @@ def recurrent_kda_paged_reason(
     state_pool: Tensor,
 ) -> str | None:
     """Why no decode kernel serves this (valid) call, or None if one does. Reads no tensor's values."""
-    reason = _tokens_reason(q, k, v, g, beta) or _pool_reason(state_pool)
+    reason = _tokens_reason(q, v) or _pool_reason(state_pool)
     if reason is not None:
         return reason
     if q.shape[1] > (2**31 - 1) // 2:
@@ -137,10 +139,13 @@ def recurrent_kda_paged_reason(
     return None
 
 
-def _view(x: Tensor) -> tuple[int, int, int, int]:
-    """The address of x of [B, T, H, ...], and its B, T and H strides."""
-    batch, token, head = x.stride()[:3]
-    return x.data_ptr(), batch, token, head
+def _loadable_view(x: Tensor, elements: int = 4) -> tuple[Tensor, _View]:
+    """x of [B, T, H, D], or a copy where D is not contiguous or not aligned to loads of that many elements."""
+    address, (batch, token, head, last) = x.data_ptr(), x.stride()
+    if last != 1 or (batch | token | head) % elements != 0 or address % (elements * x.element_size()) != 0:
+        x = x.clone(memory_format=torch.contiguous_format)
+        address, (batch, token, head, last) = x.data_ptr(), x.stride()
+    return x, (address, batch, token, head)
 
 
 def _indices(x: Tensor | None) -> tuple[int, int, bool]:
@@ -170,50 +175,52 @@ def recurrent_kda_paged(
 
     rows_per_warp (2, 4, 8) overrides how the work is split, which changes no bit of the result: for tests and tuning.
     """
-    device = q.device
-    extension, dtypes = _extension(), _dtypes()
+    device, dtypes = q.device, _dtypes()
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
-    q, k, g = _loadable(q), _loadable(k), _loadable(g)
-    v = _loadable(v, elements=1)
+    q, q_view = _loadable_view(q)
+    k, k_view = _loadable_view(k)
+    v, v_view = _loadable_view(v, elements=1)
+    g, g_view = _loadable_view(g)
     A_log = None if A_log is None else _dense_float(A_log)
-    dt_bias = None if dt_bias is None else _loadable(dt_bias.float().reshape(-1))
+    dt_bias = None if dt_bias is None else _aligned(_dense_float(dt_bias))
     slots, slot_stride = 0, 0
     if state_indices.dim() == 2:
         slots, slot_stride = state_indices.shape[1], state_indices.stride(1)
-    with _current(device):
-        extension.recurrent_kda_paged(
-            o=_view(o),
-            q=_view(q),
-            k=_view(k),
-            v=_view(v),
-            g=_view(g),
-            beta=_view(beta),
-            state_pool=state_pool.data_ptr(),
-            pool_rows=state_pool.shape[0],
-            pool_stride=state_pool.stride(0),
-            state_indices=_indices(state_indices),
-            slots=slots,
-            slot_stride=slot_stride,
-            num_accepted_tokens=_indices(num_accepted_tokens),
-            cu_seqlens=_indices(cu_seqlens),
-            A_log=_address(A_log),
-            dt_bias=_address(dt_bias),
-            sequences=_sequences(q.shape[0], cu_seqlens),
-            tokens=q.shape[1],
-            heads=q.shape[2],
-            value_heads=v.shape[2],
-            head_dim_k=q.shape[3],
-            head_dim_v=v.shape[3],
-            dtype=dtypes[q.dtype],
-            g_dtype=dtypes[g.dtype],
-            beta_dtype=dtypes[beta.dtype],
-            state_dtype=dtypes[state_pool.dtype],
-            state_v_first=state_v_first,
-            rows_per_warp=rows_per_warp,
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-            **_option_arguments(options),
-        )
+    batch, tokens, heads, head_dim_k = q.shape
+    value_heads, head_dim_v = v.shape[2:]
+    _launch(
+        _extension().recurrent_kda_paged,
+        device,
+        (o.data_ptr(), *o.stride()[:3]),
+        q_view,
+        k_view,
+        v_view,
+        g_view,
+        (beta.data_ptr(), *beta.stride()),
+        state_pool.data_ptr(),
+        state_pool.shape[0],
+        state_pool.stride(0),
+        _indices(state_indices),
+        slots,
+        slot_stride,
+        _indices(num_accepted_tokens),
+        _indices(cu_seqlens),
+        _address(A_log),
+        _address(dt_bias),
+        _sequences(batch, cu_seqlens),
+        tokens,
+        heads,
+        value_heads,
+        head_dim_k,
+        head_dim_v,
+        dtypes[q.dtype],
+        dtypes[g.dtype],
+        dtypes[beta.dtype],
+        dtypes[state_pool.dtype],
+        state_v_first,
+        *_option_arguments(options),
+        rows_per_warp,
+    )
 
 
 @functools.cache
@@ -221,7 +228,6 @@ def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.lru_cache(maxsize=1024)
 def _forward_workspace_bytes(
     sequences: int,
     value_heads: int,
@@ -237,30 +243,29 @@ def _forward_workspace_bytes(
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _transition_workspace_bytes(sequences: int, packed: bool) -> int:
-    return _extension().chunk_kda_transition_workspace_bytes(sequences, packed)
-
-
-@functools.lru_cache(maxsize=1024)
 def _backward_workspace_bytes(
     batch: int, sequences: int, heads: int, value_heads: int, tokens: int, packed: bool, sm_count: int
 ) -> int:
     return _extension().chunk_kda_bwd_workspace_bytes(batch, sequences, heads, value_heads, tokens, packed, sm_count)
 
 
-def _tma_view(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """x of [B, T, H, D], or a copy where a TMA descriptor cannot describe it; its address and its B, T, H strides."""
-    address, (batch, token, head, last) = x.data_ptr(), x.stride()
+def _tma_strides(x: Tensor) -> _Strides | None:
+    """The B, T and H strides of x [B, T, H, D], or None where a TMA descriptor cannot describe it."""
+    batch, token, head, last = x.stride()
     per_16_bytes = 16 // x.element_size()
-    # A stride over a single index is never taken, and may be anything; one of 0 over several is an expanded tensor's.
-    if last != 1 or address % 16 != 0 or (batch | token | head) % per_16_bytes != 0 or not (batch and token and head):
-        sizes = x.shape
-        taken = [step for step, size in zip((batch, token, head), sizes, strict=False) if size > 1]
-        if last != 1 or address % 16 != 0 or any(step % per_16_bytes != 0 or step == 0 for step in taken):
-            x = x.clone(memory_format=torch.contiguous_format)
-            address, (batch, token, head, last) = x.data_ptr(), x.stride()
-    return x, (address, batch, token, head)
+    if last != 1 or x.data_ptr() % 16 != 0:
+        return None
+    if (batch | token | head) % per_16_bytes != 0 or not (batch and token and head):
+        # A stride over a single index is never taken, and may be anything; 0 over several is an expanded tensor's.
+        taken = [step for step, size in zip((batch, token, head), x.shape, strict=False) if size > 1]
+        if any(step % per_16_bytes != 0 or step == 0 for step in taken):
+            return None
+    return batch, token, head
+
+
+def _dense_strides(x: Tensor) -> _Strides:
+    _, tokens, heads, D = x.shape
+    return tokens * heads * D, heads * D, D
 
 
 def _dense_float(x: Tensor) -> Tensor:
@@ -287,7 +292,7 @@ def chunk_kda_reason(
 
     Reads no tensor's values.
     """
-    reason = _tokens_reason(q, k, v, g, beta)
+    reason = _tokens_reason(q, v)
     if reason is not None:
         return reason
     if initial_state is not None and initial_state.dtype != torch.float32:
@@ -301,7 +306,22 @@ def chunk_kda_reason(
     return None
 
 
-def _chunk_params(
+class ChunkPlan(NamedTuple):
+    """What the chunk kernels are told of a call, but for addresses, and which of its tensors they read from copies."""
+
+    params: Any
+    copies: tuple[int, ...]
+    device: torch.device
+    packed: bool
+    forward_workspace: tuple[int, int]  # bytes, as sequences may be cut or not
+    transition_workspace: int
+    backward_workspace: int
+
+
+_PARAMETERS = (5, 6)  # A_log and dt_bias, which the kernels read as fp32
+
+
+def chunk_plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -313,114 +333,91 @@ def _chunk_params(
     cu_seqlens: Tensor | None,
     options: KdaOptions,
     state_v_first: bool,
-) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """What both directions read, and the tensors, some of them copies, that are to live until it is launched."""
+) -> ChunkPlan:
+    """The plan of a call that the kernels serve, in both directions: of its tensors and of all like them."""
+    tiles = [_tma_strides(x) for x in (q, k, v, g)]
+    copies = [i for i, strides in enumerate(tiles) if strides is None]
+    for i, x in zip((*_PARAMETERS, 7, 8), (A_log, dt_bias, initial_state, cu_seqlens), strict=True):
+        if x is not None:
+            fits = x.is_contiguous() and (i not in _PARAMETERS or x.dtype is torch.float32)
+            if not fits or (i == 7 and x.data_ptr() % 16 != 0):
+                copies.append(i)
     extension, dtypes = _extension(), _dtypes()
     batch, tokens, heads, _ = q.shape
-    q, q_view = _tma_view(q)
-    k, k_view = _tma_view(k)
-    v, v_view = _tma_view(v)
-    g, g_view = _tma_view(g)
-    A_log = None if A_log is None else _dense_float(A_log)
-    dt_bias = None if dt_bias is None else _dense_float(dt_bias)
-    initial_state = None if initial_state is None else _aligned(initial_state)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    value_heads, sequences, packed = v.shape[2], _sequences(batch, cu_seqlens), cu_seqlens is not None
+    sm_count = _sm_count(q.device)
     params = extension.ChunkKdaParams(
-        q=q_view,
-        k=k_view,
-        v=v_view,
-        g=g_view,
-        beta=(beta.data_ptr(), *beta.stride()),
-        A_log=_address(A_log),
-        dt_bias=_address(dt_bias),
-        initial_state=_address(initial_state),
-        cu_seqlens=_address(cu_seqlens),
-        batch=batch,
-        tokens=tokens,
-        heads=heads,
-        value_heads=v.shape[2],
-        sequences=_sequences(batch, cu_seqlens),
-        dtype=dtypes[q.dtype],
-        g_dtype=dtypes[g.dtype],
-        beta_dtype=dtypes[beta.dtype],
-        cu_seqlens_is_64bit=cu_seqlens is not None and cu_seqlens.dtype is torch.int64,
-        state_v_first=state_v_first,
-        **_option_arguments(options),
+        *(strides or _dense_strides(x) for x, strides in zip((q, k, v, g), tiles, strict=True)),
+        beta.stride(),
+        batch,
+        tokens,
+        heads,
+        value_heads,
+        sequences,
+        sm_count,
+        dtypes[q.dtype],
+        dtypes[g.dtype],
+        dtypes[beta.dtype],
+        cu_seqlens is not None and cu_seqlens.dtype is torch.int64,
+        state_v_first,
+        *_option_arguments(options),
     )
-    return params, (q, k, v, g, A_log, dt_bias, initial_state, cu_seqlens)
+    cut, whole = (
+        _forward_workspace_bytes(sequences, value_heads, tokens, packed, one_segment, sm_count)
+        for one_segment in (False, True)
+    )
+    backward = _backward_workspace_bytes(batch, sequences, heads, value_heads, tokens, packed, sm_count)
+    transition = extension.chunk_kda_transition_workspace_bytes(sequences, packed)
+    return ChunkPlan(params, tuple(copies), q.device, packed, (cut, whole), transition, backward)
+
+
+def _readable(plan: ChunkPlan, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The nine tensors of a call, in copies where a kernel cannot read them as they are."""
+    if not plan.copies:
+        return tensors
+    read = list(tensors)
+    for i in plan.copies:
+        x = read[i]
+        assert x is not None
+        read[i] = x.float().contiguous() if i in _PARAMETERS else x.clone(memory_format=torch.contiguous_format)
+    return read
 
 
 def chunk_kda(
-    o: Tensor,
-    final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: KdaOptions,
-    *,
-    state_v_first: bool,
-    batch_invariant: bool = False,
+    plan: ChunkPlan, o: Tensor, final_state: Tensor | None, tensors: Sequence[Tensor | None], *, batch_invariant: bool
 ) -> None:
     """Launches the prefill kernel on the current stream; writes o and final_state, both dense."""
-    device = q.device
-    batch, tokens, value_heads = v.shape[:3]
-    sequences = _sequences(batch, cu_seqlens)
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
-    params, _alive = _chunk_params(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, state_v_first)
-    size = _forward_workspace_bytes(
-        sequences, value_heads, tokens, cu_seqlens is not None, batch_invariant, _sm_count(device)
+    tensors = _readable(plan, tensors)
+    size = plan.forward_workspace[batch_invariant]
+    workspace = o.new_empty(size, dtype=torch.uint8) if size else None
+    _launch(
+        _extension().chunk_kda_fwd,
+        plan.device,
+        plan.params,
+        [_address(x) for x in tensors],
+        o.data_ptr(),
+        _address(final_state),
+        batch_invariant,
+        _address(workspace),
     )
-    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-
-    with _current(device):
-        _extension().chunk_kda_fwd(
-            params,
-            o=o.data_ptr(),
-            final_state=_address(final_state),
-            one_segment=batch_invariant,
-            workspace=_address(workspace),
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-        )
 
 
-def chunk_kda_transition(
-    M: Tensor,
-    B: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: KdaOptions,
-    *,
-    state_v_first: bool,
-) -> None:
-    """Launches the transition kernel on the current stream; writes M and B, both dense and fp32."""
-    device = k.device
-    sequences = _sequences(v.shape[0], cu_seqlens)
+def chunk_kda_transition(plan: ChunkPlan, M: Tensor, B: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    """Launches the transition kernel on the current stream; writes M and B, both dense and fp32. Of q it knows nothing:
+    k has its place."""
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
-    params, _alive = _chunk_params(k, k, v, g, beta, A_log, dt_bias, None, cu_seqlens, options, state_v_first)
-    size = _transition_workspace_bytes(sequences, cu_seqlens is not None)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-
-    with _current(device):
-        _extension().chunk_kda_transition(
-            params,
-            map=M.data_ptr(),
-            offset=B.data_ptr(),
-            workspace=_address(workspace),
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-        )
+    tensors = _readable(plan, tensors)
+    workspace = M.new_empty(plan.transition_workspace, dtype=torch.uint8) if plan.transition_workspace else None
+    _launch(
+        _extension().chunk_kda_transition,
+        plan.device,
+        plan.params,
+        [_address(x) for x in tensors],
+        M.data_ptr(),
+        B.data_ptr(),
+        _address(workspace),
+    )
 
 
 def chunk_kda_paged_reason(
@@ -442,117 +439,91 @@ def chunk_kda_paged_reason(
 
 
 def chunk_kda_paged(
+    plan: ChunkPlan,
     o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
+    tensors: Sequence[Tensor | None],
     state_pool: Tensor,
     state_indices: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
     has_initial_state: Tensor | None,
     checkpoint_offsets: Tensor | None,
     checkpoint_indices: Tensor | None,
-    options: KdaOptions,
     *,
-    state_v_first: bool,
     batch_invariant: bool,
 ) -> None:
     """Launches the prefill kernel on the current stream; writes all of o, dense, and rows of state_pool."""
-    device = q.device
-    tokens, value_heads = v.shape[1:3]
-    params, _alive = _chunk_params(q, k, v, g, beta, A_log, dt_bias, None, cu_seqlens, options, state_v_first)
+    tensors = _readable(plan, tensors)
     has_initial_state = None if has_initial_state is None else has_initial_state.contiguous()
     checkpoints = 0
     if checkpoint_offsets is not None and checkpoint_indices is not None:
         checkpoints = checkpoint_offsets.shape[1]
         checkpoint_offsets, checkpoint_indices = checkpoint_offsets.contiguous(), checkpoint_indices.contiguous()
+    tokens, value_heads = o.shape[1:3]
     size = _forward_workspace_bytes(
-        state_indices.shape[0], value_heads, tokens, cu_seqlens is not None, batch_invariant, _sm_count(device),
-        True, checkpoints,
+        state_indices.shape[0], value_heads, tokens, plan.packed, batch_invariant, _sm_count(plan.device), True,
+        checkpoints,
     )  # fmt: skip
-    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-
-    with _current(device):
-        _extension().chunk_kda_paged(
-            params,
-            o=o.data_ptr(),
-            state_pool=state_pool.data_ptr(),
-            state_dtype=_dtypes()[state_pool.dtype],
-            pool_rows=state_pool.shape[0],
-            pool_stride=state_pool.stride(0),
-            state_indices=_indices(state_indices),
-            has_initial_state=_address(has_initial_state),
-            checkpoints=checkpoints,
-            checkpoint_offsets=_indices(checkpoint_offsets),
-            checkpoint_indices=_indices(checkpoint_indices),
-            one_segment=batch_invariant,
-            workspace=_address(workspace),
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-        )
+    workspace = o.new_empty(size, dtype=torch.uint8) if size else None
+    _launch(
+        _extension().chunk_kda_paged,
+        plan.device,
+        plan.params,
+        [_address(x) for x in tensors],
+        o.data_ptr(),
+        state_pool.data_ptr(),
+        _dtypes()[state_pool.dtype],
+        state_pool.shape[0],
+        state_pool.stride(0),
+        _indices(state_indices),
+        _address(has_initial_state),
+        checkpoints,
+        _indices(checkpoint_offsets),
+        _indices(checkpoint_indices),
+        batch_invariant,
+        _address(workspace),
+    )
 
 
 def chunk_kda_backward(
+    plan: ChunkPlan,
     grads: Sequence[Tensor | None],
     do: Tensor | None,
     dht: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: KdaOptions,
-    *,
-    state_v_first: bool,
+    tensors: Sequence[Tensor | None],
 ) -> None:
     """Launches the backward kernels on the current stream; writes grads.
 
     grads are those of q, k, v, g, beta, A_log, dt_bias and initial_state: dense, in the dtypes of what they are of, or
     None where they are not wanted.
     """
-    device = q.device
-    batch, tokens, value_heads = v.shape[:3]
-    sequences = _sequences(batch, cu_seqlens)
     # A copy is freed as this returns, in the order of the current stream, where the kernels run.
-    params, _alive = _chunk_params(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, state_v_first)
-    do, do_view = _tma_view(v.new_zeros(v.shape) if do is None else do)
+    tensors = _readable(plan, tensors)
+    v = tensors[2]
+    assert v is not None
+    do = v.new_zeros(v.shape) if do is None else do
+    strides = _tma_strides(do)
+    if strides is None:
+        do = do.clone(memory_format=torch.contiguous_format)
+        strides = _dense_strides(do)
     dht = None if dht is None else _aligned(dht)
-    size = _backward_workspace_bytes(
-        batch, sequences, q.shape[2], value_heads, tokens, cu_seqlens is not None, _sm_count(device)
-    )
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    dq, dk, dv, dg, dbeta, dA_log, d_dt_bias, d_initial_state = grads
+    workspace = v.new_empty(plan.backward_workspace, dtype=torch.uint8)
     # The kernels write sums over tokens in fp32.
-    A_log_sums, dt_bias_sums = (
-        x if x is None or x.dtype is torch.float32 else torch.empty_like(x, dtype=torch.float32)
-        for x in (dA_log, d_dt_bias)
+    written = list(grads)
+    for i in _PARAMETERS:
+        x = grads[i]
+        if x is not None and x.dtype is not torch.float32:
+            written[i] = torch.empty_like(x, dtype=torch.float32)
+    _launch(
+        _extension().chunk_kda_bwd,
+        plan.device,
+        plan.params,
+        [_address(x) for x in tensors],
+        do.data_ptr(),
+        strides,
+        _address(dht),
+        [_address(x) for x in written],
+        workspace.data_ptr(),
     )
-
-    with _current(device):
-        _extension().chunk_kda_bwd(
-            params,
-            d_o=do_view,
-            d_final_state=_address(dht),
-            dq=_address(dq),
-            dk=_address(dk),
-            dv=_address(dv),
-            dg=_address(dg),
-            dbeta=_address(dbeta),
-            dA_log=_address(A_log_sums),
-            d_dt_bias=_address(dt_bias_sums),
-            d_initial_state=_address(d_initial_state),
-            workspace=workspace.data_ptr(),
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-        )
-    for x, sums in ((dA_log, A_log_sums), (d_dt_bias, dt_bias_sums)):
+    for i in _PARAMETERS:
+        x, sums = grads[i], written[i]
         if x is not None and sums is not None and x is not sums:
             x.copy_(sums)

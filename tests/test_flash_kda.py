@@ -152,9 +152,9 @@ def test_on_a_gpu_the_kernel_writes_into_the_outputs(
     out, final_state = torch.full_like(o, torch.nan), torch.full_like(final, torch.nan, dtype=state or torch.float32)
     kernel, written = cuda.chunk_kda, []
 
-    def recorded(o: Tensor, *args: Any, **options: Any) -> None:
+    def recorded(plan: Any, o: Tensor, *args: Any, **options: Any) -> None:
         written.append(o.data_ptr())
-        kernel(o, *args, **options)
+        kernel(plan, o, *args, **options)
 
     monkeypatch.setattr(cuda, "chunk_kda", recorded)
     flash_kda.fwd(**call, out=out, final_state=final_state)

@@ -10,8 +10,8 @@ import torch
 from helpers import BETAS, DIFFERENTIABLE, GATES, TOKENS, Call, error, make_call, reference, requiring_grad
 from torch import Tensor
 
-import flashkda_ops.functional
 from flashkda_ops import chunk_kda, recurrent_kda, recurrent_kda_paged
+from flashkda_ops.ops import chunk_kda_backward, eager
 
 LAYOUTS: dict[str, dict[str, Any]] = {"dense": {"B": 2}, "packed": {"cu_seqlens": [0, 3, 3, 37]}}
 
@@ -113,15 +113,13 @@ def test_gradcheck_passes_through_both_doors(function: Any, gate: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_doors_give_the_same_bits(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    door = flashkda_ops.functional._EagerChunkKDA.apply
-    monkeypatch.setattr(
-        flashkda_ops.functional._EagerChunkKDA, "apply", lambda *args: (taken.append(args), door(*args))[1]
-    )
+    door = eager._train
+    monkeypatch.setattr(eager, "_train", lambda *args: (taken.append(args), door(*args))[1])
     call = make_call(37, dtype=dtype, initial_state=True, **LAYOUTS[layout])
-    eager = gradients(through_the_function, call)
+    by_function = gradients(through_the_function, call)
     assert len(taken) == 1
-    op = gradients(through_the_op, call)
-    assert all(torch.equal(x, op[name]) for name, x in eager.items())
+    by_op = gradients(through_the_op, call)
+    assert all(torch.equal(x, by_op[name]) for name, x in by_function.items())
     assert len(taken) == 1
 
 
@@ -131,8 +129,10 @@ def test_only_the_gradients_asked_for_are_computed(name: str, function: Any, mon
     call = make_call(37, initial_state=True)
     every = gradients(function, call)
     masks = []
-    op = flashkda_ops.ops.chunk_kda_backward.op
-    monkeypatch.setattr(flashkda_ops.ops.chunk_kda_backward, "op", lambda *args: (masks.append(args[-1]), op(*args))[1])
+    compute = chunk_kda_backward._compute
+    monkeypatch.setattr(
+        chunk_kda_backward, "_compute", lambda a, plan: (masks.append(a.output_mask), compute(a, plan))[1]
+    )
     only = gradients(function, call, (name,))
     assert torch.equal(only.pop(name), every[name])
     assert all(x is None for x in only.values())
@@ -220,7 +220,9 @@ def test_a_frozen_call_records_nothing() -> None:
 @pytest.mark.parametrize("absent", [0, 1])
 def test_an_absent_cotangent_stays_absent(absent: int, function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-    op = flashkda_ops.ops.chunk_kda_backward.op
-    monkeypatch.setattr(flashkda_ops.ops.chunk_kda_backward, "op", lambda *args: (given.append(args[:2]), op(*args))[1])
+    compute = chunk_kda_backward._compute
+    monkeypatch.setattr(
+        chunk_kda_backward, "_compute", lambda a, plan: (given.append((a.do, a.dht)), compute(a, plan))[1]
+    )
     gradients(function, make_call(5, initial_state=True), cotangents=(absent != 0, absent != 1))
     assert [x is None for x in given[0]] == [absent == 0, absent == 1]

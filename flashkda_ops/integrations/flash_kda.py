@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from flashkda_ops import cuda
-from flashkda_ops.ops import chunk_kda
-from flashkda_ops.options import KdaOptions
+from flashkda_ops.ops import chunk_kda, eager
 from flashkda_ops.validation import (
     Sizes,
     check_cu_seqlens,
@@ -92,7 +91,10 @@ def _is_dense(x: Tensor) -> bool:
 
 @torch.library.custom_op("flashkda::flash_kda_fwd", mutates_args=("out", "final_state"), schema=SCHEMA)
 def op(*args: Any) -> None:
-    a = Arguments(*args)
+    _run(Arguments(*args))
+
+
+def _run(a: Arguments) -> None:
     call = _call(a)
     sizes = _validate(a, call)
     if checks_values(False, a.q):
@@ -102,17 +104,18 @@ def op(*args: Any) -> None:
         if final is not None and initial.untyped_storage().data_ptr() == final.untyped_storage().data_ptr():
             initial = initial.clone()  # a state updated in place: a kernel may write before all have read
         call = call._replace(initial_state=initial.to(state_dtype(a.q)))
+    kernel = chunk_kda.plan(call).kernel
     if (
-        a.q.is_cuda
+        kernel is not None
         and _is_dense(a.out)
         and (final is None or (final.dtype == torch.float32 and _is_dense(final)))
-        and cuda.chunk_kda_reason(*call[:9]) is None
     ):
-        cuda.chunk_kda(a.out, final, *call[:9], KdaOptions.of(call), state_v_first=True)
+        cuda.chunk_kda(kernel, a.out, final, call[:9], batch_invariant=False)
         return
-    o, state, _ = chunk_kda.compute(call, sizes)
+    o, state, _ = chunk_kda.run(call)
     a.out.copy_(o)
     if final is not None:
+        assert state is not None
         final.copy_(state)
 
 
@@ -161,9 +164,13 @@ def fwd(
     Raises:
         ValueError: naming the argument that is not as described.
     """
-    torch.ops.flashkda.flash_kda_fwd.default(
+    a = Arguments(
         q, k, v, g, beta, float(scale), out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens
     )
+    if torch.compiler.is_compiling():
+        torch.ops.flashkda.flash_kda_fwd.default(*a)
+    else:
+        eager.in_place(op, _run, a, (*a[:5], *a[6:9], *a[10:]), (a.scale, lower_bound), (out, final_state))
 
 
 _theirs: Any = None  # the fwd of a FlashKDA that was imported before install()

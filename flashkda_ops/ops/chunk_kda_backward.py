@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from flashkda_ops import cuda, portable
-from flashkda_ops.options import KdaOptions
-from flashkda_ops.validation import require, require_shape, validate_state, validate_tokens
+from flashkda_ops.ops import plans
+from flashkda_ops.ops.plans import Plan
+from flashkda_ops.validation import Sizes, require, require_shape, validate_state, validate_tokens
 
-__all__ = ["Arguments", "backward", "op", "setup_context"]
+__all__ = ["Arguments", "backward", "op", "run", "setup_context"]
 
 # output_mask: which gradients to compute, of q, k, v, g, beta, A_log, dt_bias, initial_state. The others are empty.
 SCHEMA = (
@@ -50,9 +51,7 @@ class Arguments(NamedTuple):
     output_mask: Sequence[bool]
 
 
-def _validate(a: Arguments) -> None:
-    s = validate_tokens(a)
-    validate_state("initial_state", a.initial_state, a.q, s, a.state_v_first)
+def _validate_cotangents(a: Arguments, s: Sizes) -> None:
     validate_state("dht", a.dht, a.q, s, a.state_v_first)
     do, v = a.do, a.v
     if do is not None:
@@ -78,30 +77,37 @@ def _kept(grads: Sequence[Tensor | None], a: Arguments) -> _Gradients:
 @torch.library.custom_op("flashkda::chunk_kda_backward", mutates_args=(), schema=SCHEMA)
 def op(*args: Any) -> _Gradients:
     a = Arguments(*args)
-    _validate(a)
-    return _kept(_compute(a), a)
+    plan = plans.plan(a[2:11], a[11:18])
+    _validate_cotangents(a, plan.sizes)
+    return _kept(_compute(a, plan), a)
 
 
-def _compute(a: Arguments) -> Sequence[Tensor | None]:
+def run(a: Arguments) -> Sequence[Tensor | None]:
+    """The op on cotangents that fit. Gradients that were not asked for are None, or not to be used."""
+    return _compute(a, plans.plan(a[2:11], a[11:18]))
+
+
+def _compute(a: Arguments, plan: Plan) -> Sequence[Tensor | None]:
     """By the kernels where they serve the call, else on the portable path."""
-    options = KdaOptions.of(a)
-    if not a.q.is_cuda or cuda.chunk_kda_reason(*a[2:11]) is not None:
+    if plan.kernel is None:
         if any(a.output_mask[:7]):
-            return portable.chunk_kda_backward(*a[:11], options, state_v_first=a.state_v_first)
-        dh0 = portable.initial_state_gradient(*a[:9], a.cu_seqlens, options, state_v_first=a.state_v_first)
+            return portable.chunk_kda_backward(*a[:11], plan.options, state_v_first=a.state_v_first)
+        dh0 = portable.initial_state_gradient(*a[:9], a.cu_seqlens, plan.options, state_v_first=a.state_v_first)
         return [*[None] * 7, dh0]
     grads = [
-        x.new_empty(x.shape) if wanted and x is not None else None
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted and x is not None else None
         for x, wanted in zip(a[2:10], a.output_mask, strict=True)
     ]
-    cuda.chunk_kda_backward(grads, *a[:11], options, state_v_first=a.state_v_first)
+    cuda.chunk_kda_backward(plan.kernel, grads, a.do, a.dht, a[2:11])
     return grads
 
 
 @op.register_fake
 def _fake(*args: Any) -> _Gradients:
     a = Arguments(*args)
-    _validate(a)
+    sizes = validate_tokens(a)
+    validate_state("initial_state", a.initial_state, a.q, sizes, a.state_v_first)
+    _validate_cotangents(a, sizes)
     return _kept([None if x is None else x.new_empty(x.shape) for x in a[2:10]], a)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashkda_ops import cuda, portable
-from flashkda_ops.ops import chunk_kda
+from flashkda_ops.ops import chunk_kda, plans
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.paged import on_rows, safe_cu_seqlens, valid_slots, write_rows
 from flashkda_ops.validation import (
@@ -23,7 +23,7 @@ from flashkda_ops.validation import (
     validate_tokens,
 )
 
-__all__ = ["Arguments", "op"]
+__all__ = ["Arguments", "op", "run"]
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state_pool, Tensor state_indices, "
@@ -62,46 +62,52 @@ class Arguments(NamedTuple):
     checkpoint_indices: Tensor | None = None
 
 
-def _validate(a: Arguments) -> Sizes:
-    sizes = validate_tokens(a)
+def _validate_pool(a: Arguments, sizes: Sizes) -> None:
     validate_pool(a.state_pool, a.state_indices, a.q, sizes, a.state_v_first, slots=1)
     validate_has_initial_state(a.has_initial_state, a.q, sizes)
     validate_checkpoints(a.checkpoint_offsets, a.checkpoint_indices, a.q, sizes)
-    return sizes
 
 
 @torch.library.custom_op("flashkda::chunk_kda_paged", mutates_args=("state_pool",), schema=SCHEMA)
 def op(*args: Any) -> Tensor:
-    a = Arguments(*args)
-    sizes = _validate(a)
+    return run(Arguments(*args))
+
+
+def run(a: Arguments) -> Tensor:
+    tensors = (*a[:5], a.A_log, a.dt_bias, None, a.cu_seqlens)
+    sizes, options, kernel = plans.plan(tensors, a[11:18])
+    _validate_pool(a, sizes)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
         check_slots(a.state_indices, a.state_pool.shape[0], a.cu_seqlens, None, a.checkpoint_indices)
     if sizes.T == 0 or sizes.N == 0 or a.state_pool.shape[0] == 0:
         return a.v.new_zeros(sizes.B, sizes.T, sizes.HV, sizes.V)
-    if a.q.is_cuda and cuda.chunk_kda_paged_reason(*a[:6], a.cu_seqlens) is None:
-        o = a.v.new_empty(sizes.B, sizes.T, sizes.HV, sizes.V)
+    if kernel is not None and cuda.chunk_kda_paged_reason(*a[:6], a.cu_seqlens) is None:
+        o = torch.empty_like(a.v, memory_format=torch.contiguous_format)
         cuda.chunk_kda_paged(
-            o, *a[:11], a.checkpoint_offsets, a.checkpoint_indices, KdaOptions.of(a), state_v_first=a.state_v_first,
-            batch_invariant=a.batch_invariant,
+            kernel, o, tensors, a.state_pool, a.state_indices, a.has_initial_state, a.checkpoint_offsets,
+            a.checkpoint_indices, batch_invariant=a.batch_invariant,
         )  # fmt: skip
         return o
     unpaged = {name: value for name, value in a._asdict().items() if name in chunk_kda.Arguments._fields}
 
     def forward(initial_state: Tensor) -> tuple[Tensor, Tensor]:
         if a.checkpoint_offsets is not None and a.checkpoint_indices is not None:
-            return _with_checkpoints(a, initial_state, a.checkpoint_offsets, a.checkpoint_indices)
+            return _with_checkpoints(a, initial_state, a.checkpoint_offsets, a.checkpoint_indices, options)
         call = chunk_kda.Arguments(**unpaged, initial_state=initial_state, output_final_state=True)
-        o, final_state, _ = chunk_kda.compute(call, sizes)
+        o, final_state, _ = chunk_kda.run(call)
+        assert final_state is not None
         return o, final_state
 
     return on_rows(forward, a.state_pool, a.state_indices, a.cu_seqlens, a.has_initial_state, sizes.T, state_dtype(a.q))
 
 
-def _with_checkpoints(a: Arguments, initial_state: Tensor, offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _with_checkpoints(
+    a: Arguments, initial_state: Tensor, offsets: Tensor, indices: Tensor, options: KdaOptions
+) -> tuple[Tensor, Tensor]:
     """Outputs and final states, on the portable path; the states at ``offsets`` go into the rows ``indices``."""
     o, final, states = portable.chunk_kda_at_offsets(
-        *a[:5], a.A_log, a.dt_bias, initial_state, a.cu_seqlens, offsets, KdaOptions.of(a),
+        *a[:5], a.A_log, a.dt_bias, initial_state, a.cu_seqlens, offsets, options,
         state_v_first=a.state_v_first,
     )  # fmt: skip
     T = a.q.shape[1]
@@ -116,5 +122,6 @@ def _with_checkpoints(a: Arguments, initial_state: Tensor, offsets: Tensor, indi
 @op.register_fake
 def _fake(*args: Any) -> Tensor:
     a = Arguments(*args)
-    sizes = _validate(a)
+    sizes = validate_tokens(a)
+    _validate_pool(a, sizes)
     return a.v.new_empty(sizes.B, sizes.T, sizes.HV, sizes.V)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashkda_ops import cuda, portable
-from flashkda_ops.ops import chunk_kda_backward
-from flashkda_ops.options import KdaOptions
+from flashkda_ops.ops import chunk_kda_backward, plans
 from flashkda_ops.validation import (
     Sizes,
     check_cu_seqlens,
@@ -69,12 +68,12 @@ def op(*args: Any) -> tuple[Tensor, Tensor]:
     sizes = _validate(a)
     if checks_values(a.validate, a.k):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
-    served = a.k.is_cuda and sizes.K == sizes.V and cuda.chunk_kda_reason(a.k, *a[:6], None, a.cu_seqlens) is None
-    options = KdaOptions.of(a)
-    if not served:
+    tensors = (a.k, *a[:6], None, a.cu_seqlens)
+    _, options, kernel = plans.plan(tensors, (None, *a[7:13]))
+    if kernel is None:
         return portable.chunk_kda_transition(*a[:7], options, state_v_first=a.state_v_first)
     M, B = _outputs(a, sizes)
-    cuda.chunk_kda_transition(M, B, *a[:7], options, state_v_first=a.state_v_first)
+    cuda.chunk_kda_transition(kernel, M, B, tensors)
     return M, B
 
 

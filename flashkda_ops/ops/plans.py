@@ -1,0 +1,79 @@
+"""What follows from everything about a call but the addresses of its tensors: found once, kept for the calls like it.
+
+A model calls an op with the same shapes, strides, dtypes and options layer after layer. Whether such a call is valid,
+whether the kernels serve it, and what they are told but for addresses, takes longer to find out than to look up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from flashkda_ops import cuda
+from flashkda_ops.options import KdaOptions
+from flashkda_ops.validation import Sizes, validate_state, validate_tokens
+
+__all__ = ["Plan", "clear", "plan"]
+
+_MOST = 1024
+
+
+class Plan(NamedTuple):
+    """Of a valid call: its sizes, its options, and what to launch where the kernels serve it."""
+
+    sizes: Sizes
+    options: KdaOptions
+    kernel: cuda.ChunkPlan | None
+
+
+class _Call(NamedTuple):
+    """What both directions of the chunk form take."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float | None
+    use_qk_l2norm_in_kernel: bool
+    use_gate_in_kernel: bool
+    use_beta_sigmoid_in_kernel: bool
+    allow_neg_eigval: bool
+    lower_bound: float | None
+    state_v_first: bool
+
+
+_plans: dict[Hashable, Plan] = {}
+
+
+def clear() -> None:
+    _plans.clear()
+
+
+def plan(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Plan:
+    """The plan of a call, from the tensors and the options of ``_Call``. Raises a ValueError where it is not valid."""
+    facts = [
+        None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)  # alignment
+        for x in tensors
+    ]
+    key = (tuple(facts), options)
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= _MOST:
+            _plans.clear()
+        found = _plans[key] = _make(_Call(*tensors, *options))  # type: ignore[arg-type]
+    return found
+
+
+def _make(call: _Call) -> Plan:
+    sizes = validate_tokens(call)
+    validate_state("initial_state", call.initial_state, call.q, sizes, call.state_v_first)
+    options = KdaOptions.of(call)
+    served = call.q.is_cuda and cuda.chunk_kda_reason(*call[:9]) is None
+    return Plan(sizes, options, cuda.chunk_plan(*call[:9], options, call.state_v_first) if served else None)

@@ -1,0 +1,110 @@
+"""Calls that differ in nothing but what their tensors hold share a plan; all others have their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import TOKENS, Call, kernel_call, make_call, requiring_grad
+from torch import Tensor
+
+from flashkda_ops import chunk_kda
+from flashkda_ops.ops import plans
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for each plan that is made."""
+    plans.clear()
+    calls, make = [], plans._make
+    monkeypatch.setattr(plans, "_make", lambda call: (calls.append(call), make(call))[1])
+    return calls
+
+
+def case(seed: int = 0, **options: object) -> Call:
+    return make_call(9, B=2, initial_state=True, seed=seed, **options)
+
+
+def test_calls_with_other_contents_share_one(made: list[object]) -> None:
+    for seed in range(3):
+        chunk_kda(**case(seed))
+    call = requiring_grad(case())
+    chunk_kda(**call)[0].sum().backward()  # and so does the backward pass
+    assert len(made) == 1
+
+
+def misaligned(x: Tensor) -> Tensor:
+    return torch.cat((x.new_empty(1), x.flatten()))[1:].view(x.shape)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+CHANGES: dict[str, Callable[[Call], Call]] = {
+    "tokens": lambda call: {name: call[name][:, :5] for name in ("q", "k", "v", "g", "beta")},
+    "strides": lambda call: {"k": heads_first(call["k"])},
+    "alignment": lambda call: {"g": misaligned(call["g"])},
+    "dtype": lambda call: {"A_log": call["A_log"].half()},
+    "an absent tensor": lambda call: {"dt_bias": None},
+    "packed": lambda call: {
+        **{name: call[name][:1] for name in ("q", "k", "v", "g", "beta")}, "cu_seqlens": torch.tensor([0, 3, 9])
+    },
+    "an option": lambda call: {"use_qk_l2norm_in_kernel": False},
+    "the scale": lambda call: {"scale": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_differs_otherwise_has_its_own(change: str, made: list[object]) -> None:
+    call = case()
+    changed = {**call, **CHANGES[change](call)}
+    expected = chunk_kda(**changed)[0]
+    plans.clear()
+    for _ in range(2):
+        chunk_kda(**call)
+        assert torch.equal(chunk_kda(**changed)[0], expected)
+    assert len(made) == 3
+
+
+def test_a_call_that_is_not_valid_is_never_planned(made: list[object]) -> None:
+    call = case()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="beta must have shape"):
+            chunk_kda(**{**call, "beta": call["beta"][..., :1]})
+    assert len(made) == 2 and not plans._plans
+
+
+def test_plans_do_not_pile_up(made: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_MOST", 3)
+    for T in range(1, 9):
+        chunk_kda(**make_call(T))
+        assert 1 <= len(plans._plans) <= 3
+    assert len(made) == 8
+
+
+@pytest.mark.gpu
+def test_the_kernels_read_every_layout_by_turns() -> None:
+    call = kernel_call(70, B=2)
+    layouts = [
+        lambda x: x,
+        heads_first,
+        misaligned,
+        lambda x: torch.stack((x, x), -1).unbind(-1)[0],
+        lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    ]
+
+    def results(layout: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        rest = misaligned if layout is misaligned else layouts[0]
+        changed = {n: layout(x) if n in TOKENS else rest(x) for n, x in call.items() if isinstance(x, Tensor)}
+        leaves = {name: x.detach().requires_grad_() for name, x in changed.items()}
+        o, state = chunk_kda(**{**call, **leaves}, output_final_state=True)
+        cotangent = torch.linspace(-1, 1, o.numel(), device="cuda", dtype=o.dtype).view(o.shape)
+        grads = torch.autograd.grad((o, state), list(leaves.values()), (layout(cotangent), torch.ones_like(state)))
+        return [o, state, *grads]
+
+    expected = results(layouts[0])
+    for layout in (*layouts, *layouts):
+        for x, wanted in zip(results(layout), expected, strict=True):
+            assert torch.equal(x, wanted)
