@@ -1,12 +1,14 @@
-"""Host time of one eager call, from the Python function down to the op: needs no GPU.
+"""Host time of one eager call, from the Python function down to the op.
 
-The op's body is replaced by one that only allocates its outputs, so what is left is what a call costs on the host.
+On a GPU: until the call returns, launches included, of calls so small that the GPU keeps up. Without one the ops'
+bodies are replaced by some that only allocate their outputs: what is left is what a call costs above the kernels.
 
     python benchmarks/bench_host.py
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from unittest import mock
 
 import torch
@@ -14,6 +16,9 @@ from common import cpu_us, write
 
 import flashkda_ops
 from flashkda_ops import portable
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+H, D, SEQUENCES = 2, 128, 2
 
 
 def allocate_only(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, options, **_):  # type: ignore[no-untyped-def]
@@ -25,12 +30,24 @@ def no_gradients(do, dht, *inputs, state_v_first):  # type: ignore[no-untyped-de
     return portable.Gradients(*(None if x is None else torch.empty_like(x) for x in inputs[:8]))
 
 
+def no_step(q, k, v, *rest, state_v_first):  # type: ignore[no-untyped-def]
+    return torch.empty_like(v)
+
+
 def main() -> None:
-    q, k, v, g = (torch.randn(1, 64, 4, 64, dtype=torch.bfloat16) for _ in range(4))
-    beta = torch.rand(1, 64, 4, dtype=torch.bfloat16)
-    A_log, dt_bias = torch.rand(4), torch.rand(256)
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+
+    q, k, v, g = (randn(1, 64, H, D) for _ in range(4))
+    beta = randn(1, 64, H)
+    A_log, dt_bias = torch.rand(H, device=DEVICE), torch.rand(H * D, device=DEVICE)
     options = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, g, beta, A_log, dt_bias)]
+    inputs = (q, k, v, g, beta, A_log, dt_bias)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    do = torch.randn_like(v)
+    tokens = [x[:, :SEQUENCES].transpose(0, 1).contiguous() for x in (q, k, v, g, beta)]
+    pool = torch.zeros(SEQUENCES, H, D, D, device=DEVICE)
+    slots = torch.arange(SEQUENCES, device=DEVICE, dtype=torch.int32)
 
     def function(q, k, v, g, beta, A_log, dt_bias):  # type: ignore[no-untyped-def]
         return flashkda_ops.chunk_kda(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, lower_bound=-5.0, **options)[0]
@@ -39,8 +56,13 @@ def main() -> None:
         call = torch.ops.flashkda.chunk_kda.default
         return call(q, k, v, g, beta, A_log, dt_bias, None, None, None, False, True, True, True, False, -5.0)[0]
 
-    inputs = (q, k, v, g, beta, A_log, dt_bias)
-    do = torch.randn_like(v)
+    def decode():  # type: ignore[no-untyped-def]
+        call = flashkda_ops.recurrent_kda_paged
+        return call(*tokens, pool, slots, A_log, dt_bias, lower_bound=-5.0, **options)
+
+    def decode_op():  # type: ignore[no-untyped-def]
+        call = torch.ops.flashkda.recurrent_kda_paged.default
+        return call(*tokens, pool, slots, A_log, dt_bias, None, None, None, True, True, True, False, -5.0)
 
     def without_grad(call):  # type: ignore[no-untyped-def]
         with torch.no_grad():
@@ -54,12 +76,19 @@ def main() -> None:
         "flashkda_ops.chunk_kda, training": lambda: function(*leaves),
         "torch.ops.flashkda.chunk_kda, training + backward": lambda: torch.autograd.grad(op(*leaves), leaves, do),
         "flashkda_ops.chunk_kda, training + backward": lambda: torch.autograd.grad(function(*leaves), leaves, do),
+        "torch.ops.flashkda.recurrent_kda_paged": decode_op,
+        "flashkda_ops.recurrent_kda_paged": decode,
     }
-    with (
-        mock.patch.object(portable, "chunk_kda", allocate_only),
-        mock.patch.object(portable, "chunk_kda_backward", no_gradients),
-    ):
-        times = cpu_us(calls, runs=40, warmup=5, inner=200)
+    with ExitStack() as replaced:
+        if DEVICE == "cpu":
+            bodies = {
+                "chunk_kda": allocate_only, "chunk_kda_backward": no_gradients, "recurrent_kda_paged": no_step,
+            }  # fmt: skip
+            for name, body in bodies.items():
+                replaced.enter_context(mock.patch.object(portable, name, body))
+        # What is launched in 40 calls does not fill the queue, in which it would wait.
+        before = torch.cuda.synchronize if DEVICE == "cuda" else None
+        times = cpu_us(calls, runs=100, warmup=5, inner=40, before=before)
     rows = []
     for impl, (us, spread) in times.items():
         rows.append({"impl": impl, "host_us": us, "spread": spread})

@@ -27,11 +27,16 @@ RESULTS = Path(__file__).parent / "results"
 Calls = Mapping[str, Callable[[], object]]
 
 
-def cpu_us(calls: Calls, *, runs: int, warmup: int = 2, inner: int = 1) -> dict[str, tuple[float, float]]:
-    """Median microseconds of each call and their spread (interquartile range over median), calls alternating."""
+def cpu_us(
+    calls: Calls, *, runs: int, warmup: int = 2, inner: int = 1, before: Callable[[], object] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Median microseconds of each call and their spread (interquartile range over median), calls alternating, each time
+    after a call of ``before``."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(warmup + runs):
         for name, call in calls.items():
+            if before is not None:
+                before()
             start = time.perf_counter()
             for _ in range(inner):
                 call()

@@ -221,9 +221,13 @@ def portable() -> str:
 
 
 def host() -> str:
-    record = load("host-cpu")
-    rows = [[row["impl"], f"{row['host_us']:.0f}"] for row in record["rows"]]
-    return table(["one eager call", "us"], rows) + source(record)
+    """A call a row, a machine a column."""
+    results = sorted((ROOT / "benchmarks" / "results").glob("host-*.json"))
+    records = [load(path.stem) for path in results]
+    cells = [{row["impl"]: f"{row['host_us']:.0f}" for row in record["rows"]} for record in records]
+    rows = [[impl, *(cell.get(impl, "") for cell in cells)] for impl in cells[0]]
+    header = ["one eager call, us", *("launches on a GPU" if "gpu" in record else "no kernels" for record in records)]
+    return table(header, rows) + "".join(source(record) for record in records)
 
 
 def model() -> str:
