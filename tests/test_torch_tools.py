@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import make_call, paged, requiring_grad
+from helpers import Call, kernel_call, make_call, paged, requiring_grad
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -18,17 +18,24 @@ from flashkda_ops import chunk_kda, chunk_kda_paged, recurrent_kda_paged
 BACKWARD = "flashkda::chunk_kda_backward"
 
 
+def call_on(device: str, T: int) -> Call:
+    """A call of two sequences; on a GPU one that the kernels serve."""
+    return make_call(T, B=2, initial_state=True) if device == "cpu" else kernel_call(T, B=2)
+
+
 def train(device: str = "cpu") -> list[Tensor]:
-    call = requiring_grad(make_call(70, B=2, initial_state=True, device=device))
+    call = requiring_grad(call_on(device, 70))
     o, state = chunk_kda(**call, output_final_state=True)
     (o.square().sum() + state.sum()).backward()
     return [o.detach(), state.detach(), *(x.grad for x in call.values() if isinstance(x, Tensor))]
 
 
 def serve(device: str = "cpu") -> list[Tensor]:
-    pool, rows = torch.ones(5, 4, 16, 8, device=device), torch.tensor([3, 1], device=device)
-    prompt = chunk_kda_paged(**paged(make_call(20, B=2, device=device), pool, rows))
-    return [prompt, recurrent_kda_paged(**paged(make_call(1, B=2, device=device), pool, rows)), pool]
+    prompt, token = call_on(device, 20), call_on(device, 1)
+    pool = torch.ones(5, 4, prompt["q"].shape[-1], prompt["v"].shape[-1], device=device)
+    rows = torch.tensor([3, 1], device=device)
+    o = chunk_kda_paged(**paged(prompt, pool, rows))
+    return [o, recurrent_kda_paged(**paged(token, pool, rows)), pool]
 
 
 OPS = {
