@@ -23,6 +23,12 @@ CHECK_VALUES = os.environ.get("FLASHKDA_CHECK", "0") not in ("", "0")
 
 TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+_WIDE = {  # what g and beta may be, beside q
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+}
 _MIN_LOWER_BOUND = -5.0
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types whose sizes are numbers, not symbols
 
@@ -61,6 +67,11 @@ def require_shape(name: str, x: Tensor, letters: str, *shape: int) -> None:
         require(actual == expected, message)
 
 
+def _fits(x: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> bool:
+    """Whether x, of numbers for sizes, passes the checks below, which cost several times as much and name a failure."""
+    return type(x) in _PLAIN and x.shape == shape and x.dtype in dtypes and x.device == device
+
+
 def _sizes(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
@@ -95,26 +106,39 @@ def validate_tokens(call: Call, lead: str = "q") -> Sizes:
             raise ValueError(f"{name} must have 4 dimensions [B, T, heads, head dim], got shape {_sizes(x.shape)}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    require_dtype(lead, q, TOKEN_DTYPES)
-    require(H > 0, lambda: f"{lead} must have at least one head, got 0")
-    require(K > 0, lambda: f"{lead} must have a head dimension of at least 1, got 0")
-    require(V > 0, lambda: "v must have a head dimension of at least 1, got 0")
-    require_shape("k", k, "B, T, H, K", B, T, H, K)
-    require_shape("v", v, "B, T, HV, V", B, T, HV, V)
-    require(HV > 0, lambda: "v must have at least one head, got 0")
-    require(
-        HV % H == 0,
-        lambda: f"v must have a multiple of the heads of {lead}, got {HV} value heads for {H} query/key heads",
-    )
-    require_shape("g", g, "B, T, HV, K", B, T, HV, K)
-    require_shape("beta", beta, "B, T, HV", B, T, HV)
-    for name, x in (("k", k), ("v", v)):
-        require_dtype(name, x, (q.dtype,), q, lead)
-        require_device(name, x, q, lead)
-    wide = (q.dtype,) if q.dtype in (torch.float32, torch.float64) else (q.dtype, torch.float32)
-    for name, x in (("g", g), ("beta", beta)):
-        require_dtype(name, x, wide, q, lead)
-        require_device(name, x, q, lead)
+    dtype, device = q.dtype, q.device
+    wide = _WIDE.get(dtype, ())
+    if not (
+        type(q) in _PLAIN
+        and H > 0
+        and K > 0
+        and V > 0
+        and HV > 0
+        and HV % H == 0
+        and _fits(k, (B, T, H, K), (dtype,), device)
+        and _fits(v, (B, T, HV, V), (dtype,), device)
+        and _fits(g, (B, T, HV, K), wide, device)
+        and _fits(beta, (B, T, HV), wide, device)
+    ):
+        require_dtype(lead, q, TOKEN_DTYPES)
+        require(H > 0, lambda: f"{lead} must have at least one head, got 0")
+        require(K > 0, lambda: f"{lead} must have a head dimension of at least 1, got 0")
+        require(V > 0, lambda: "v must have a head dimension of at least 1, got 0")
+        require_shape("k", k, "B, T, H, K", B, T, H, K)
+        require_shape("v", v, "B, T, HV, V", B, T, HV, V)
+        require(HV > 0, lambda: "v must have at least one head, got 0")
+        require(
+            HV % H == 0,
+            lambda: f"v must have a multiple of the heads of {lead}, got {HV} value heads for {H} query/key heads",
+        )
+        require_shape("g", g, "B, T, HV, K", B, T, HV, K)
+        require_shape("beta", beta, "B, T, HV", B, T, HV)
+        for name, x in (("k", k), ("v", v)):
+            require_dtype(name, x, (dtype,), q, lead)
+            require_device(name, x, q, lead)
+        for name, x in (("g", g), ("beta", beta)):
+            require_dtype(name, x, wide, q, lead)
+            require_device(name, x, q, lead)
 
     _validate_gate(call, HV, K, lead)
     if call.allow_neg_eigval and not call.use_beta_sigmoid_in_kernel:
@@ -143,18 +167,18 @@ def _validate_gate(call: Call, HV: int, K: int, lead: str) -> None:
             raise ValueError("A_log must be given with use_gate_in_kernel=True unless lower_bound is")
     elif not _MIN_LOWER_BOUND <= lower_bound < 0:
         raise ValueError(f"lower_bound must be in [{_MIN_LOWER_BOUND:g}, 0), got {lower_bound}")
-    dtypes = TOKEN_DTYPES if q.dtype == torch.float64 else TOKEN_DTYPES[:3]
-    if A_log is not None:
+    dtypes = TOKEN_DTYPES if q.dtype is torch.float64 else TOKEN_DTYPES[:3]
+    device = q.device
+    if A_log is not None and not _fits(A_log, (HV,), dtypes, device):
         require_shape("A_log", A_log, "HV", HV)
         require_dtype("A_log", A_log, dtypes)
         require_device("A_log", A_log, q, lead)
     if dt_bias is not None:
-        if dt_bias.dim() == 1:
-            require_shape("dt_bias", dt_bias, "HV * K", HV * K)
-        else:
-            require_shape("dt_bias", dt_bias, "HV, K", HV, K)
-        require_dtype("dt_bias", dt_bias, dtypes)
-        require_device("dt_bias", dt_bias, q, lead)
+        letters, shape = ("HV * K", (HV * K,)) if dt_bias.dim() == 1 else ("HV, K", (HV, K))
+        if not _fits(dt_bias, shape, dtypes, device):
+            require_shape("dt_bias", dt_bias, letters, *shape)
+            require_dtype("dt_bias", dt_bias, dtypes)
+            require_device("dt_bias", dt_bias, q, lead)
 
 
 def state_shape(s: Sizes, rows: int, state_v_first: bool) -> tuple[int, int, int, int]:
@@ -166,9 +190,11 @@ def validate_state(name: str, state: Tensor | None, q: Tensor, s: Sizes, state_v
     """A state argument with one row a sequence."""
     if state is None:
         return
-    letters = "N, HV, V, K" if state_v_first else "N, HV, K, V"
-    require_shape(name, state, letters, *state_shape(s, s.N, state_v_first))
-    require_dtype(name, state, (state_dtype(q),), q)
+    shape, dtypes = state_shape(s, s.N, state_v_first), (state_dtype(q),)
+    if _fits(state, shape, dtypes, q.device):
+        return
+    require_shape(name, state, "N, HV, V, K" if state_v_first else "N, HV, K, V", *shape)
+    require_dtype(name, state, dtypes, q)
     require_device(name, state, q)
 
 
