@@ -1,8 +1,8 @@
 // flashkda_ops._C: addresses, sizes, strides and a stream in, one launch out. Importing it makes no CUDA call.
 //
-// An op is one function here, taking keywords alone, that fills the op's params, has them checked and launches; the two
-// directions of the chunk form share an object of what both read. Tensors are described in flashkda_ops/cuda.py;
-// validation for users happens before that, in the op itself.
+// An op is one function here that fills the op's params, has them checked and launches; the two directions of the chunk
+// form share an object of what both read. Tensors are described in flashkda_ops/cuda.py; validation for users happens
+// before that, in the op itself.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -272,8 +272,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("recurrent_kda_rows_per_warp", &flashkda::recurrent_kda::rows_per_warp, "sequences"_a, "value_heads"_a,
         "sm_count"_a);
-  m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, py::kw_only(), "o"_a, "q"_a, "k"_a, "v"_a, "g"_a,
-        "beta"_a, "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "slots"_a, "slot_stride"_a,
+  m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, "o"_a, "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a,
+        "state_pool"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "slots"_a, "slot_stride"_a,
         "num_accepted_tokens"_a, "cu_seqlens"_a, "A_log"_a, "dt_bias"_a, "sequences"_a, "tokens"_a, "heads"_a,
         "value_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "state_dtype"_a,
         "state_v_first"_a, "gate"_a, "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a,
@@ -285,18 +285,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_kda_bwd_workspace_bytes", &flashkda::chunk_kda_bwd_workspace_bytes, "batch"_a, "sequences"_a, "heads"_a,
         "value_heads"_a, "tokens"_a, "has_cu_seqlens"_a, "sm_count"_a);
   py::class_<flashkda::ChunkKdaParams>(m, "ChunkKdaParams")
-      .def(py::init(&flashkda::chunk_kda_params), py::kw_only(), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "A_log"_a,
-           "dt_bias"_a, "initial_state"_a, "cu_seqlens"_a, "batch"_a, "tokens"_a, "heads"_a, "value_heads"_a,
-           "sequences"_a, "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "cu_seqlens_is_64bit"_a, "state_v_first"_a, "gate"_a,
+      .def(py::init(&flashkda::chunk_kda_params), "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a, "A_log"_a, "dt_bias"_a,
+           "initial_state"_a, "cu_seqlens"_a, "batch"_a, "tokens"_a, "heads"_a, "value_heads"_a, "sequences"_a,
+           "dtype"_a, "g_dtype"_a, "beta_dtype"_a, "cu_seqlens_is_64bit"_a, "state_v_first"_a, "gate"_a,
            "lower_bound"_a, "scale"_a, "qk_l2norm"_a, "beta_sigmoid"_a, "beta_factor"_a);
-  m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, "params"_a, py::kw_only(), "o"_a, "final_state"_a,
-        "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
-  m.def("chunk_kda_transition", &flashkda::chunk_kda_transition, "params"_a, py::kw_only(), "map"_a, "offset"_a,
+  m.def("chunk_kda_fwd", &flashkda::chunk_kda_forward, "params"_a, "o"_a, "final_state"_a, "one_segment"_a,
         "workspace"_a, "device"_a, "stream"_a);
-  m.def("chunk_kda_paged", &flashkda::chunk_kda_paged, "params"_a, py::kw_only(), "o"_a, "state_pool"_a,
-        "state_dtype"_a, "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "has_initial_state"_a, "checkpoints"_a,
+  m.def("chunk_kda_transition", &flashkda::chunk_kda_transition, "params"_a, "map"_a, "offset"_a, "workspace"_a,
+        "device"_a, "stream"_a);
+  m.def("chunk_kda_paged", &flashkda::chunk_kda_paged, "params"_a, "o"_a, "state_pool"_a, "state_dtype"_a,
+        "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "has_initial_state"_a, "checkpoints"_a,
         "checkpoint_offsets"_a, "checkpoint_indices"_a, "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
-  m.def("chunk_kda_bwd", &flashkda::chunk_kda_backward, "params"_a, py::kw_only(), "d_o"_a, "d_final_state"_a, "dq"_a,
-        "dk"_a, "dv"_a, "dg"_a, "dbeta"_a, "dA_log"_a, "d_dt_bias"_a, "d_initial_state"_a, "workspace"_a, "device"_a,
-        "stream"_a);
+  m.def("chunk_kda_bwd", &flashkda::chunk_kda_backward, "params"_a, "d_o"_a, "d_final_state"_a, "dq"_a, "dk"_a, "dv"_a,
+        "dg"_a, "dbeta"_a, "dA_log"_a, "d_dt_bias"_a, "d_initial_state"_a, "workspace"_a, "device"_a, "stream"_a);
 }

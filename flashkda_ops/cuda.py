@@ -1,11 +1,13 @@
-"""Tensors to raw pointers: the only module that imports the extension, which it does at the first question about it."""
+"""Tensors to raw pointers: the only module that imports the extension, which it does at the first question about it.
+
+The extension's functions are called by position, since matching forty keywords takes longer than the rest of a call.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -61,9 +63,13 @@ def _dtypes() -> dict[torch.dtype, Any]:
     return {torch.float32: dtype.float32, torch.float16: dtype.float16, torch.bfloat16: dtype.bfloat16}
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the device current for a launch. torch's guard costs microseconds: most calls need none."""
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+def _launch(function: Callable[..., None], device: torch.device, *arguments: Any) -> None:
+    """Calls a function of the extension, for the current stream of the device, which is current meanwhile."""
+    index = device.index
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):  # takes microseconds: most calls need none
+            return _launch(function, device, *arguments)
+    function(*arguments, index, torch._C._cuda_getCurrentRawStream(index))
 
 
 def _address(x: Tensor | None) -> int:
@@ -81,18 +87,16 @@ def _loadable(x: Tensor, elements: int = 4) -> Tensor:
     return x if strides[-1] == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def _tokens_reason(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> str | None:
+def _tokens_reason(q: Tensor, v: Tensor) -> str | None:
     """Why no kernel serves these (valid) tokens, or None if all do."""
     reason = device_reason(q.device)
     if reason is not None:
         return reason
-    if q.shape[3] != 128 or v.shape[3] != 128:
-        return f"K={q.shape[3]}, V={v.shape[3]}: the kernel has K=V=128"
-    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
-        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: the kernel takes all bfloat16 or all float16"
-    for name, x in (("g", g), ("beta", beta)):
-        if x.dtype not in (q.dtype, torch.float32):
-            return f"{name} is {x.dtype} beside {q.dtype}: the kernel takes q's dtype or float32"
+    K, V = q.shape[3], v.shape[3]
+    if K != 128 or V != 128:
+        return f"K={K}, V={V}: the kernel has K=V=128"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"q, k, v are {q.dtype}: the kernel takes bfloat16 or float16"
     return None
 
 
@@ -106,18 +110,19 @@ def _pool_reason(state_pool: Tensor) -> str | None:
     return None
 
 
-def _option_arguments(options: KdaOptions) -> dict[str, Any]:
-    """The options as all kernels take them."""
+@functools.lru_cache(maxsize=1024)
+def _option_arguments(options: KdaOptions) -> tuple[Any, ...]:
+    """The options as all kernels take them: gate, lower_bound, scale, qk_l2norm, beta_sigmoid, beta_factor."""
     gate = _extension().Gate
     bounded = options.lower_bound is not None
-    return {
-        "gate": (gate.bounded if bounded else gate.unbounded) if options.use_gate_in_kernel else gate.precomputed,
-        "lower_bound": options.lower_bound if bounded else -1.0,  # not used, but divided by
-        "scale": options.scale,
-        "qk_l2norm": options.use_qk_l2norm_in_kernel,
-        "beta_sigmoid": options.use_beta_sigmoid_in_kernel,
-        "beta_factor": 2.0 if options.allow_neg_eigval else 1.0,
-    }
+    return (
+        (gate.bounded if bounded else gate.unbounded) if options.use_gate_in_kernel else gate.precomputed,
+        options.lower_bound if bounded else -1.0,  # not used, but divided by
+        options.scale,
+        options.use_qk_l2norm_in_kernel,
+        options.use_beta_sigmoid_in_kernel,
+        2.0 if options.allow_neg_eigval else 1.0,
+    )
 
 
 def recurrent_kda_paged_reason(
@@ -129,7 +134,7 @@ def recurrent_kda_paged_reason(
     state_pool: Tensor,
 ) -> str | None:
     """Why no decode kernel serves this (valid) call, or None if one does. Reads no tensor's values."""
-    reason = _tokens_reason(q, k, v, g, beta) or _pool_reason(state_pool)
+    reason = _tokens_reason(q, v) or _pool_reason(state_pool)
     if reason is not None:
         return reason
     if q.shape[1] > (2**31 - 1) // 2:
@@ -170,8 +175,7 @@ def recurrent_kda_paged(
 
     rows_per_warp (2, 4, 8) overrides how the work is split, which changes no bit of the result: for tests and tuning.
     """
-    device = q.device
-    extension, dtypes = _extension(), _dtypes()
+    device, dtypes = q.device, _dtypes()
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
     q, k, g = _loadable(q), _loadable(k), _loadable(g)
     v = _loadable(v, elements=1)
@@ -180,40 +184,41 @@ def recurrent_kda_paged(
     slots, slot_stride = 0, 0
     if state_indices.dim() == 2:
         slots, slot_stride = state_indices.shape[1], state_indices.stride(1)
-    with _current(device):
-        extension.recurrent_kda_paged(
-            o=_view(o),
-            q=_view(q),
-            k=_view(k),
-            v=_view(v),
-            g=_view(g),
-            beta=_view(beta),
-            state_pool=state_pool.data_ptr(),
-            pool_rows=state_pool.shape[0],
-            pool_stride=state_pool.stride(0),
-            state_indices=_indices(state_indices),
-            slots=slots,
-            slot_stride=slot_stride,
-            num_accepted_tokens=_indices(num_accepted_tokens),
-            cu_seqlens=_indices(cu_seqlens),
-            A_log=_address(A_log),
-            dt_bias=_address(dt_bias),
-            sequences=_sequences(q.shape[0], cu_seqlens),
-            tokens=q.shape[1],
-            heads=q.shape[2],
-            value_heads=v.shape[2],
-            head_dim_k=q.shape[3],
-            head_dim_v=v.shape[3],
-            dtype=dtypes[q.dtype],
-            g_dtype=dtypes[g.dtype],
-            beta_dtype=dtypes[beta.dtype],
-            state_dtype=dtypes[state_pool.dtype],
-            state_v_first=state_v_first,
-            rows_per_warp=rows_per_warp,
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-            **_option_arguments(options),
-        )
+    batch, tokens, heads, head_dim_k = q.shape
+    value_heads, head_dim_v = v.shape[2:]
+    _launch(
+        _extension().recurrent_kda_paged,
+        device,
+        _view(o),
+        _view(q),
+        _view(k),
+        _view(v),
+        _view(g),
+        _view(beta),
+        state_pool.data_ptr(),
+        state_pool.shape[0],
+        state_pool.stride(0),
+        _indices(state_indices),
+        slots,
+        slot_stride,
+        _indices(num_accepted_tokens),
+        _indices(cu_seqlens),
+        _address(A_log),
+        _address(dt_bias),
+        _sequences(batch, cu_seqlens),
+        tokens,
+        heads,
+        value_heads,
+        head_dim_k,
+        head_dim_v,
+        dtypes[q.dtype],
+        dtypes[g.dtype],
+        dtypes[beta.dtype],
+        dtypes[state_pool.dtype],
+        state_v_first,
+        *_option_arguments(options),
+        rows_per_warp,
+    )
 
 
 @functools.cache
@@ -287,7 +292,7 @@ def chunk_kda_reason(
 
     Reads no tensor's values.
     """
-    reason = _tokens_reason(q, k, v, g, beta)
+    reason = _tokens_reason(q, v)
     if reason is not None:
         return reason
     if initial_state is not None and initial_state.dtype != torch.float32:
@@ -315,7 +320,7 @@ def _chunk_params(
     state_v_first: bool,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """What both directions read, and the tensors, some of them copies, that are to live until it is launched."""
-    extension, dtypes = _extension(), _dtypes()
+    dtypes = _dtypes()
     batch, tokens, heads, _ = q.shape
     q, q_view = _tma_view(q)
     k, k_view = _tma_view(k)
@@ -325,27 +330,27 @@ def _chunk_params(
     dt_bias = None if dt_bias is None else _dense_float(dt_bias)
     initial_state = None if initial_state is None else _aligned(initial_state)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    params = extension.ChunkKdaParams(
-        q=q_view,
-        k=k_view,
-        v=v_view,
-        g=g_view,
-        beta=(beta.data_ptr(), *beta.stride()),
-        A_log=_address(A_log),
-        dt_bias=_address(dt_bias),
-        initial_state=_address(initial_state),
-        cu_seqlens=_address(cu_seqlens),
-        batch=batch,
-        tokens=tokens,
-        heads=heads,
-        value_heads=v.shape[2],
-        sequences=_sequences(batch, cu_seqlens),
-        dtype=dtypes[q.dtype],
-        g_dtype=dtypes[g.dtype],
-        beta_dtype=dtypes[beta.dtype],
-        cu_seqlens_is_64bit=cu_seqlens is not None and cu_seqlens.dtype is torch.int64,
-        state_v_first=state_v_first,
-        **_option_arguments(options),
+    params = _extension().ChunkKdaParams(
+        q_view,
+        k_view,
+        v_view,
+        g_view,
+        (beta.data_ptr(), *beta.stride()),
+        _address(A_log),
+        _address(dt_bias),
+        _address(initial_state),
+        _address(cu_seqlens),
+        batch,
+        tokens,
+        heads,
+        v.shape[2],
+        _sequences(batch, cu_seqlens),
+        dtypes[q.dtype],
+        dtypes[g.dtype],
+        dtypes[beta.dtype],
+        cu_seqlens is not None and cu_seqlens.dtype is torch.int64,
+        state_v_first,
+        *_option_arguments(options),
     )
     return params, (q, k, v, g, A_log, dt_bias, initial_state, cu_seqlens)
 
@@ -377,17 +382,15 @@ def chunk_kda(
         sequences, value_heads, tokens, cu_seqlens is not None, batch_invariant, _sm_count(device)
     )
     workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-
-    with _current(device):
-        _extension().chunk_kda_fwd(
-            params,
-            o=o.data_ptr(),
-            final_state=_address(final_state),
-            one_segment=batch_invariant,
-            workspace=_address(workspace),
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-        )
+    _launch(
+        _extension().chunk_kda_fwd,
+        device,
+        params,
+        o.data_ptr(),
+        _address(final_state),
+        batch_invariant,
+        _address(workspace),
+    )
 
 
 def chunk_kda_transition(
@@ -412,15 +415,14 @@ def chunk_kda_transition(
     size = _transition_workspace_bytes(sequences, cu_seqlens is not None)
     workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
-    with _current(device):
-        _extension().chunk_kda_transition(
-            params,
-            map=M.data_ptr(),
-            offset=B.data_ptr(),
-            workspace=_address(workspace),
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-        )
+    _launch(
+        _extension().chunk_kda_transition,
+        device,
+        params,
+        M.data_ptr(),
+        B.data_ptr(),
+        _address(workspace),
+    )
 
 
 def chunk_kda_paged_reason(
@@ -476,24 +478,23 @@ def chunk_kda_paged(
     )  # fmt: skip
     workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
-    with _current(device):
-        _extension().chunk_kda_paged(
-            params,
-            o=o.data_ptr(),
-            state_pool=state_pool.data_ptr(),
-            state_dtype=_dtypes()[state_pool.dtype],
-            pool_rows=state_pool.shape[0],
-            pool_stride=state_pool.stride(0),
-            state_indices=_indices(state_indices),
-            has_initial_state=_address(has_initial_state),
-            checkpoints=checkpoints,
-            checkpoint_offsets=_indices(checkpoint_offsets),
-            checkpoint_indices=_indices(checkpoint_indices),
-            one_segment=batch_invariant,
-            workspace=_address(workspace),
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-        )
+    _launch(
+        _extension().chunk_kda_paged,
+        device,
+        params,
+        o.data_ptr(),
+        state_pool.data_ptr(),
+        _dtypes()[state_pool.dtype],
+        state_pool.shape[0],
+        state_pool.stride(0),
+        _indices(state_indices),
+        _address(has_initial_state),
+        checkpoints,
+        _indices(checkpoint_offsets),
+        _indices(checkpoint_indices),
+        batch_invariant,
+        _address(workspace),
+    )
 
 
 def chunk_kda_backward(
@@ -535,24 +536,22 @@ def chunk_kda_backward(
         x if x is None or x.dtype is torch.float32 else torch.empty_like(x, dtype=torch.float32)
         for x in (dA_log, d_dt_bias)
     )
-
-    with _current(device):
-        _extension().chunk_kda_bwd(
-            params,
-            d_o=do_view,
-            d_final_state=_address(dht),
-            dq=_address(dq),
-            dk=_address(dk),
-            dv=_address(dv),
-            dg=_address(dg),
-            dbeta=_address(dbeta),
-            dA_log=_address(A_log_sums),
-            d_dt_bias=_address(dt_bias_sums),
-            d_initial_state=_address(d_initial_state),
-            workspace=workspace.data_ptr(),
-            device=device.index,
-            stream=torch._C._cuda_getCurrentRawStream(device.index),
-        )
+    _launch(
+        _extension().chunk_kda_bwd,
+        device,
+        params,
+        do_view,
+        _address(dht),
+        _address(dq),
+        _address(dk),
+        _address(dv),
+        _address(dg),
+        _address(dbeta),
+        _address(A_log_sums),
+        _address(dt_bias_sums),
+        _address(d_initial_state),
+        workspace.data_ptr(),
+    )
     for x, sums in ((dA_log, A_log_sums), (d_dt_bias, dt_bias_sums)):
         if x is not None and sums is not None and x is not sums:
             x.copy_(sums)
