@@ -6,45 +6,15 @@ Each calls one op of the ``flashkda`` namespace, which does the validation; see 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashkda_ops.ops import chunk_kda as _chunk
-from flashkda_ops.ops import rules
+from flashkda_ops.ops import eager, rules
 from flashkda_ops.validation import state_dtype, validate_state, validate_tokens
 
 __all__ = ["chunk_kda", "chunk_kda_paged", "recurrent_kda", "recurrent_kda_paged"]
-
-
-class _EagerChunkKDA(torch.autograd.Function):
-    """Training's eager door to ``flashkda::chunk_kda``: the op's own formula without the cost of the op's own wrapper.
-
-    ``register_autograd`` fills and repacks arguments in Python at every call. Compiled code never sees this class.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.flashkda.chunk_kda.default(*args)
-        _chunk.setup_context(ctx, args, output)
-        return output
-
-    backward = staticmethod(_chunk.backward)
-
-
-def _takes_eager_door(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether autograd will record a plain eager call: no tensor subclass in sight."""
-    if not torch.is_grad_enabled():
-        return False
-    needs_grad = False
-    for t in tensors:
-        if t is not None:
-            if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-                return False
-            needs_grad = needs_grad or t.requires_grad
-    return needs_grad
 
 
 def _state_v_first(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
@@ -160,10 +130,8 @@ def chunk_kda(
         o, final_state, states = torch.ops.flashkda.chunk_kda.default(*args)
     elif torch._C._are_functorch_transforms_active():
         o, final_state, states = rules.TransformedChunkKDA.apply(*rules.autocast(args))
-    elif _takes_eager_door(args[:8]):
-        o, final_state, states = _EagerChunkKDA.apply(*rules.autocast(args))
     else:
-        o, final_state, states = torch.ops.flashkda.chunk_kda.default(*args)
+        o, final_state, states = eager.chunk_kda(*args)
     final = final_state if output_final_state else None
     return (o, final, states) if return_intermediate_states else (o, final)
 
@@ -219,7 +187,8 @@ def recurrent_kda(
             raise ValueError("initial_state must have one row a sequence")
         states = initial_state.detach().clone(memory_format=torch.contiguous_format)
     rows = torch.arange(sequences, device=q.device, dtype=torch.int32)
-    o = torch.ops.flashkda.recurrent_kda_paged.default(
+    op = torch.ops.flashkda.recurrent_kda_paged.default if torch.compiler.is_compiling() else eager.recurrent_kda_paged
+    o = op(
         q, k, v, g, beta, states, rows, A_log, dt_bias, cu_seqlens, None, scale, use_qk_l2norm_in_kernel,
         use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first, validate,
     )  # fmt: skip
@@ -272,7 +241,8 @@ def chunk_kda_paged(
     Raises:
         ValueError: naming the argument that is not as described.
     """
-    return torch.ops.flashkda.chunk_kda_paged.default(
+    op = torch.ops.flashkda.chunk_kda_paged.default if torch.compiler.is_compiling() else eager.chunk_kda_paged
+    return op(
         q, k, v, g, beta, state_pool, state_indices, A_log, dt_bias, cu_seqlens, has_initial_state, scale,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
         state_v_first, batch_invariant, validate, checkpoint_offsets, checkpoint_indices,
@@ -319,7 +289,8 @@ def recurrent_kda_paged(
     Raises:
         ValueError: naming the argument that is not as described.
     """
-    return torch.ops.flashkda.recurrent_kda_paged.default(
+    op = torch.ops.flashkda.recurrent_kda_paged.default if torch.compiler.is_compiling() else eager.recurrent_kda_paged
+    return op(
         q, k, v, g, beta, state_pool, state_indices, A_log, dt_bias, cu_seqlens, num_accepted_tokens, scale,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
         state_v_first, validate,

@@ -81,13 +81,15 @@ def through_the_op(**call: Any) -> Tensor:
     return torch.ops.flashkda.chunk_kda(**call)[0]
 
 
+@pytest.mark.parametrize("during_backward", [False, True])
 @pytest.mark.parametrize("function", [through_the_function, through_the_op])
-def test_gradients_come_in_the_dtypes_of_the_inputs(function: Any) -> None:
+def test_gradients_come_in_the_dtypes_of_the_inputs(function: Any, during_backward: bool) -> None:
     call, reference = (requiring_grad(make_call(20, B=2)) for _ in range(2))
     through_the_function(**lowered(reference)).float().square().sum().backward()
     with torch.autocast("cpu", torch.bfloat16):
         loss = function(**call).float().square().sum()
-    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=during_backward):
+        loss.backward()
     for name in DIFFERENTIABLE:
         if name in call:
             assert call[name].grad.dtype == torch.float32

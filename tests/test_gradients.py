@@ -10,8 +10,9 @@ import torch
 from helpers import BETAS, DIFFERENTIABLE, GATES, TOKENS, Call, error, make_call, reference, requiring_grad
 from torch import Tensor
 
-import flashkda_ops.functional
 from flashkda_ops import chunk_kda, recurrent_kda, recurrent_kda_paged
+from flashkda_ops.ops import chunk_kda_backward
+from flashkda_ops.ops.eager import EagerChunkKDA
 
 LAYOUTS: dict[str, dict[str, Any]] = {"dense": {"B": 2}, "packed": {"cu_seqlens": [0, 3, 3, 37]}}
 
@@ -113,10 +114,8 @@ def test_gradcheck_passes_through_both_doors(function: Any, gate: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_doors_give_the_same_bits(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    door = flashkda_ops.functional._EagerChunkKDA.apply
-    monkeypatch.setattr(
-        flashkda_ops.functional._EagerChunkKDA, "apply", lambda *args: (taken.append(args), door(*args))[1]
-    )
+    door = EagerChunkKDA.apply
+    monkeypatch.setattr(EagerChunkKDA, "apply", lambda *args: (taken.append(args), door(*args))[1])
     call = make_call(37, dtype=dtype, initial_state=True, **LAYOUTS[layout])
     eager = gradients(through_the_function, call)
     assert len(taken) == 1
@@ -131,8 +130,8 @@ def test_only_the_gradients_asked_for_are_computed(name: str, function: Any, mon
     call = make_call(37, initial_state=True)
     every = gradients(function, call)
     masks = []
-    op = flashkda_ops.ops.chunk_kda_backward.op
-    monkeypatch.setattr(flashkda_ops.ops.chunk_kda_backward, "op", lambda *args: (masks.append(args[-1]), op(*args))[1])
+    compute = chunk_kda_backward.compute
+    monkeypatch.setattr(chunk_kda_backward, "compute", lambda a: (masks.append(a.output_mask), compute(a))[1])
     only = gradients(function, call, (name,))
     assert torch.equal(only.pop(name), every[name])
     assert all(x is None for x in only.values())
@@ -220,7 +219,7 @@ def test_a_frozen_call_records_nothing() -> None:
 @pytest.mark.parametrize("absent", [0, 1])
 def test_an_absent_cotangent_stays_absent(absent: int, function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-    op = flashkda_ops.ops.chunk_kda_backward.op
-    monkeypatch.setattr(flashkda_ops.ops.chunk_kda_backward, "op", lambda *args: (given.append(args[:2]), op(*args))[1])
+    compute = chunk_kda_backward.compute
+    monkeypatch.setattr(chunk_kda_backward, "compute", lambda a: (given.append((a.do, a.dht)), compute(a))[1])
     gradients(function, make_call(5, initial_state=True), cotangents=(absent != 0, absent != 1))
     assert [x is None for x in given[0]] == [absent == 0, absent == 1]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flashkda_ops import cuda
-from flashkda_ops.ops import chunk_kda
+from flashkda_ops.ops import chunk_kda, eager
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import (
     Sizes,
@@ -92,7 +92,10 @@ def _is_dense(x: Tensor) -> bool:
 
 @torch.library.custom_op("flashkda::flash_kda_fwd", mutates_args=("out", "final_state"), schema=SCHEMA)
 def op(*args: Any) -> None:
-    a = Arguments(*args)
+    _run(Arguments(*args))
+
+
+def _run(a: Arguments) -> None:
     call = _call(a)
     sizes = _validate(a, call)
     if checks_values(False, a.q):
@@ -113,6 +116,7 @@ def op(*args: Any) -> None:
     o, state, _ = chunk_kda.compute(call, sizes)
     a.out.copy_(o)
     if final is not None:
+        assert state is not None
         final.copy_(state)
 
 
@@ -161,9 +165,13 @@ def fwd(
     Raises:
         ValueError: naming the argument that is not as described.
     """
-    torch.ops.flashkda.flash_kda_fwd.default(
+    a = Arguments(
         q, k, v, g, beta, float(scale), out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens
     )
+    if torch.compiler.is_compiling():
+        torch.ops.flashkda.flash_kda_fwd.default(*a)
+    else:
+        eager.in_place(op, _run, a, (*a[:5], *a[6:9], *a[10:]), (out, final_state))
 
 
 _theirs: Any = None  # the fwd of a FlashKDA that was imported before install()

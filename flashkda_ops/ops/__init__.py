@@ -8,6 +8,7 @@ from flashkda_ops.ops import (
     chunk_kda_backward,
     chunk_kda_paged,
     chunk_kda_transition,
+    eager,
     recurrent_kda_paged,
     rules,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "chunk_kda_backward",
     "chunk_kda_paged",
     "chunk_kda_transition",
+    "eager",
     "recurrent_kda_paged",
     "rules",
 ]

@@ -22,7 +22,7 @@ from flashkda_ops.validation import (
     validate_tokens,
 )
 
-__all__ = ["Arguments", "backward", "compute", "op", "setup_context"]
+__all__ = ["Arguments", "compute", "gradients", "op", "run", "save", "setup_context"]
 
 # Outputs that were not asked for, final state and intermediate states, have no rows.
 SCHEMA = (
@@ -33,6 +33,7 @@ SCHEMA = (
     "bool batch_invariant=False, bool validate=False) -> (Tensor, Tensor, Tensor)"
 )
 _Outputs = tuple[Tensor, Tensor, Tensor]
+_Computed = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Arguments(NamedTuple):
@@ -67,13 +68,28 @@ def _validate(a: Arguments) -> Sizes:
     return sizes
 
 
-@torch.library.custom_op("flashkda::chunk_kda", mutates_args=(), schema=SCHEMA)
-def op(*args: Any) -> _Outputs:
-    a = Arguments(*args)
+def run(a: Arguments) -> _Computed:
+    """The op, with None for what was not asked for."""
     sizes = _validate(a)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
     return compute(a, sizes)
+
+
+@torch.library.custom_op("flashkda::chunk_kda", mutates_args=(), schema=SCHEMA)
+def op(*args: Any) -> _Outputs:
+    a = Arguments(*args)
+    o, final_state, states = run(a)
+    return (
+        o,
+        _no_states(a) if final_state is None else final_state,
+        _no_states(a, o.shape[0]) if states is None else states,
+    )
+
+
+def _no_states(a: Arguments, *batch: int) -> Tensor:
+    (HV, V), K = a.v.shape[2:], a.q.shape[3]
+    return a.v.new_empty(*batch, 0, HV, *((V, K) if a.state_v_first else (K, V)), dtype=state_dtype(a.q))
 
 
 @op.register_fake
@@ -92,60 +108,52 @@ def _fake(*args: Any) -> _Outputs:
     )
 
 
-def compute(a: Arguments, sizes: Sizes) -> _Outputs:
-    """The op on arguments that are valid: by the kernel where it serves them, else on the portable path."""
+def compute(a: Arguments, sizes: Sizes) -> _Computed:
+    """:func:`run` on arguments that are valid: by the kernel where it serves them, else on the portable path."""
     options = KdaOptions.of(a)
-    states = None
     if a.q.is_cuda and a.checkpoint_interval == 0 and cuda.chunk_kda_reason(*a[:9]) is None:
-        o = a.v.new_empty(sizes.B, sizes.T, sizes.HV, sizes.V)
-        rows = sizes.N if a.output_final_state else 0
-        final_state = a.v.new_empty(state_shape(sizes, rows, a.state_v_first), dtype=torch.float32)
+        o, final_state = torch.empty_like(a.v, memory_format=torch.contiguous_format), None
+        if a.output_final_state:
+            final_state = o.new_empty(*state_shape(sizes, sizes.N, a.state_v_first), dtype=torch.float32)
         cuda.chunk_kda(
-            o,
-            final_state if a.output_final_state else None,
-            *a[:9],
-            options,
-            state_v_first=a.state_v_first,
-            batch_invariant=a.batch_invariant,
+            o, final_state, *a[:9], options, state_v_first=a.state_v_first, batch_invariant=a.batch_invariant
         )
-    else:
-        o, final_state, states = portable.chunk_kda(
-            *a[:9], options, state_v_first=a.state_v_first, checkpoint_interval=a.checkpoint_interval
-        )
-        if not a.output_final_state:
-            final_state = final_state.new_empty(state_shape(sizes, 0, a.state_v_first))
-    if states is None:
-        states = final_state.new_empty(sizes.B, *state_shape(sizes, 0, a.state_v_first))
-    return o, final_state, states
+        return o, final_state, None
+    o, final_state, states = portable.chunk_kda(
+        *a[:9], options, state_v_first=a.state_v_first, checkpoint_interval=a.checkpoint_interval
+    )
+    return o, final_state if a.output_final_state else None, states
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+def save(ctx: Any, a: Arguments) -> None:
     """Save what the backward pass needs: the inputs, and which of the options shape the gradients."""
-    a = Arguments(*inputs)
     ctx.save_for_backward(*a[:9])
     ctx.options = (
         a.scale, a.use_qk_l2norm_in_kernel, a.use_gate_in_kernel, a.use_beta_sigmoid_in_kernel, a.allow_neg_eigval,
         a.lower_bound, a.state_v_first, a.batch_invariant,
     )  # fmt: skip
     ctx.set_materialize_grads(False)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    save(ctx, Arguments(*inputs))
     ctx.mark_non_differentiable(output[2])
 
 
-def backward(
-    ctx: Any,
-    do: Tensor | None,
-    dht: Tensor | None,
-    _dstates: Tensor | None,
-    op: Callable[..., Sequence[Tensor]] | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the eight differentiable arguments, each only where asked for, then ``None`` for the rest."""
-    needed = [bool(n) for n in ctx.needs_input_grad[:8]]
+def gradients(
+    ctx: Any, do: Tensor | None, dht: Tensor | None, op: Callable[..., Sequence[Tensor | None]]
+) -> list[Tensor | None]:
+    """Gradients of the eight differentiable arguments by ``op``, each only where asked for."""
+    needed = list(ctx.needs_input_grad[:8])
     needed += [False] * (8 - len(needed))  # trailing arguments left at their defaults are not in the list
     if dht is not None and dht.shape[0] == 0:
         dht = None  # the final state was not asked for
-    grads = (op or chunk_kda_backward.op)(do, dht, *ctx.saved_tensors, *ctx.options, needed)
-    kept = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    return (*kept, *[None] * (len(Arguments._fields) - 8))
+    grads = op(do, dht, *ctx.saved_tensors, *ctx.options, needed)
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*gradients(ctx, do, dht, chunk_kda_backward.op), *[None] * (len(Arguments._fields) - 8))
 
 
 op.register_autograd(backward, setup_context=setup_context)

@@ -12,7 +12,7 @@ from flashkda_ops import cuda, portable
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import require, require_shape, validate_state, validate_tokens
 
-__all__ = ["Arguments", "backward", "op", "setup_context"]
+__all__ = ["Arguments", "backward", "compute", "op", "setup_context"]
 
 # output_mask: which gradients to compute, of q, k, v, g, beta, A_log, dt_bias, initial_state. The others are empty.
 SCHEMA = (
@@ -79,11 +79,12 @@ def _kept(grads: Sequence[Tensor | None], a: Arguments) -> _Gradients:
 def op(*args: Any) -> _Gradients:
     a = Arguments(*args)
     _validate(a)
-    return _kept(_compute(a), a)
+    return _kept(compute(a), a)
 
 
-def _compute(a: Arguments) -> Sequence[Tensor | None]:
-    """By the kernels where they serve the call, else on the portable path."""
+def compute(a: Arguments) -> Sequence[Tensor | None]:
+    """The op on arguments that are valid: by the kernels where they serve them, else on the portable path. Gradients
+    that were not asked for are None, or not to be used."""
     options = KdaOptions.of(a)
     if not a.q.is_cuda or cuda.chunk_kda_reason(*a[2:11]) is not None:
         if any(a.output_mask[:7]):
@@ -91,7 +92,7 @@ def _compute(a: Arguments) -> Sequence[Tensor | None]:
         dh0 = portable.initial_state_gradient(*a[:9], a.cu_seqlens, options, state_v_first=a.state_v_first)
         return [*[None] * 7, dh0]
     grads = [
-        x.new_empty(x.shape) if wanted and x is not None else None
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted and x is not None else None
         for x, wanted in zip(a[2:10], a.output_mask, strict=True)
     ]
     cuda.chunk_kda_backward(grads, *a[:11], options, state_v_first=a.state_v_first)

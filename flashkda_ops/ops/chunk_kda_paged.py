@@ -23,7 +23,7 @@ from flashkda_ops.validation import (
     validate_tokens,
 )
 
-__all__ = ["Arguments", "op"]
+__all__ = ["Arguments", "op", "run"]
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state_pool, Tensor state_indices, "
@@ -72,7 +72,10 @@ def _validate(a: Arguments) -> Sizes:
 
 @torch.library.custom_op("flashkda::chunk_kda_paged", mutates_args=("state_pool",), schema=SCHEMA)
 def op(*args: Any) -> Tensor:
-    a = Arguments(*args)
+    return run(Arguments(*args))
+
+
+def run(a: Arguments) -> Tensor:
     sizes = _validate(a)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
@@ -93,6 +96,7 @@ def op(*args: Any) -> Tensor:
             return _with_checkpoints(a, initial_state, a.checkpoint_offsets, a.checkpoint_indices)
         call = chunk_kda.Arguments(**unpaged, initial_state=initial_state, output_final_state=True)
         o, final_state, _ = chunk_kda.compute(call, sizes)
+        assert final_state is not None
         return o, final_state
 
     return on_rows(forward, a.state_pool, a.state_indices, a.cu_seqlens, a.has_initial_state, sizes.T, state_dtype(a.q))

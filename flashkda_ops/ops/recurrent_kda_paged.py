@@ -20,7 +20,7 @@ from flashkda_ops.validation import (
     validate_tokens,
 )
 
-__all__ = ["Arguments", "op"]
+__all__ = ["Arguments", "op", "run"]
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state_pool, Tensor state_indices, "
@@ -65,7 +65,10 @@ def _validate(a: Arguments) -> Sizes:
 
 @torch.library.custom_op("flashkda::recurrent_kda_paged", mutates_args=("state_pool",), schema=SCHEMA)
 def op(*args: Any) -> Tensor:
-    a = Arguments(*args)
+    return run(Arguments(*args))
+
+
+def run(a: Arguments) -> Tensor:
     sizes = _validate(a)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)

@@ -44,9 +44,10 @@ def autocast(args: Sequence[Any], tokens: int = 3) -> tuple[Any, ...]:
     return (*cast, *gates, *args[tokens + 2 :])
 
 
-def _autocast_kernel(op: Any, tokens: int, device: str) -> Callable[..., Any]:
+def _autocast_kernel(op: Any, tokens: int | None, device: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        args = autocast(args, tokens)
+        if tokens is not None:
+            args = autocast(args, tokens)
         with torch.autocast(device, enabled=False):
             return op(*args)
 
@@ -54,7 +55,11 @@ def _autocast_kernel(op: Any, tokens: int, device: str) -> Callable[..., Any]:
 
 
 _library = torch.library.Library("flashkda", "FRAGMENT")
-for _op, _tokens in (*((_module.op, 3) for _module in _FORWARD), (chunk_kda_transition.op, 2)):
+for _op, _tokens in (
+    *((_module.op, 3) for _module in _FORWARD),
+    (chunk_kda_transition.op, 2),
+    (chunk_kda_backward.op, None),  # takes what the forward op has cast
+):
     for _device in _AUTOCAST_DEVICES:
         _overload = _op._opoverload
         _library.impl(_overload._opname, _autocast_kernel(_overload, _tokens, _device), f"Autocast{_device.upper()}")
@@ -138,7 +143,8 @@ class TransformedChunkKDA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, dstates: Tensor | None) -> tuple[Tensor | None, ...]:
-        return chunk_kda.backward(ctx, do, dht, dstates, _TransformedBackward.apply)
+        grads = chunk_kda.gradients(ctx, do, dht, _TransformedBackward.apply)
+        return (*grads, *[None] * (len(chunk_kda.Arguments._fields) - len(grads)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
