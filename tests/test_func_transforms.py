@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 from flashkda_ops import chunk_kda, chunk_kda_paged, recurrent_kda_paged
+from flashkda_ops.integrations import flash_kda
+from flashkda_ops.ops import chunk_kda_transition
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.library, "register_vmap"), reason="torch.library.register_vmap came with torch 2.5"
@@ -84,6 +86,32 @@ def test_intermediate_states_are_mapped_too(layout: str) -> None:
     assert error(over(states, call, dims), torch.stack([states(one) for one in one_by_one(call, dims)])) < 1e-6
 
 
+def maps(call: Call) -> tuple[Tensor, Tensor]:
+    names = set(chunk_kda_transition.Arguments._fields)
+    M, bias = torch.ops.flashkda.chunk_kda_transition(**{name: x for name, x in call.items() if name in names})
+    return M, bias
+
+
+@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mapped_transition_is_the_transitions_one_by_one(layout: str, mapped: str) -> None:
+    call, dims = mapped_call(layout, mapped)
+    dims = {name: dim for name, dim in dims.items() if name not in ("q", "initial_state")}
+    expected = [torch.stack(x) for x in zip(*(maps(one) for one in one_by_one(call, dims)), strict=True)]
+    for x, wanted in zip(over(maps, call, dims), expected, strict=True):
+        assert error(x, wanted) < 1e-6
+
+
+def test_autograd_goes_through_a_mapped_transition() -> None:
+    call, dims = mapped_call("packed", "all")
+    dims = {name: dim for name, dim in dims.items() if name != "q"}
+    leaves, twins = ({name: call[name].clone().requires_grad_() for name in dims} for _ in range(2))
+    sum(x.square().sum() for x in over(maps, {**call, **leaves}, dims)).backward()
+    sum(x.square().sum() for one in one_by_one({**call, **twins}, dims) for x in maps(one)).backward()
+    for name in dims:
+        assert error(leaves[name].grad, twins[name].grad) < 1e-5, name
+
+
 def loss(call: Call) -> Tensor:
     o, state = outputs(call)
     return o.square().sum() + state.sin().sum()
@@ -149,3 +177,12 @@ def test_a_pool_is_not_mapped(function: Any) -> None:
     call = paged(make_call(1, B=2), torch.zeros(3, 4, 16, 8), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"state_pool must not be under torch\.vmap"):
         vmap(lambda q: function(**{**call, "q": q}))(torch.stack([call["q"]] * SAMPLES))
+
+
+def test_what_the_drop_in_writes_into_is_not_mapped() -> None:
+    call = make_call(1, B=2)
+    tokens = {name: call[name] for name in ("k", "v", "g", "beta", "A_log", "dt_bias", "lower_bound")}
+    with pytest.raises(ValueError, match=r"out must not be under torch\.vmap"):
+        vmap(lambda q: flash_kda.fwd(q, **tokens, scale=1.0, out=torch.empty_like(call["v"])))(
+            torch.stack([call["q"]] * SAMPLES)
+        )

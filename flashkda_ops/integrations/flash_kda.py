@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flashkda_ops import cuda
-from flashkda_ops.ops import chunk_kda, eager
+from flashkda_ops.ops import chunk_kda, eager, rules
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import (
     Sizes,
@@ -124,6 +124,10 @@ def _run(a: Arguments) -> None:
 def _fake(*args: Any) -> None:
     a = Arguments(*args)
     _validate(a, _call(a))
+
+
+rules.refuse_vmap(op, "out")
+rules.count_as_forward(op)
 
 
 @torch.no_grad()

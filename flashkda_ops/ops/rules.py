@@ -17,7 +17,7 @@ from flashkda_ops.ops import (
     recurrent_kda_paged,
 )
 
-__all__ = ["TransformedChunkKDA", "autocast"]
+__all__ = ["TransformedChunkKDA", "autocast", "count_as_forward", "refuse_vmap"]
 
 _FORWARD = (chunk_kda, chunk_kda_paged, recurrent_kda_paged)
 
@@ -77,7 +77,9 @@ _HEADS = {
 }
 
 
-def _fold(call: Any, in_dims: Sequence[int | None], samples: int, own_gates: bool) -> tuple[Any, dict[str, int]]:
+def _fold(
+    call: Any, in_dims: Sequence[int | None], samples: int, own_gates: bool = False
+) -> tuple[Any, dict[str, int]]:
     """The call with all samples in it, and where each argument has them.
 
     Packed sequences have a batch of one, and a batch shares ``A_log`` and ``dt_bias`` and sums their gradients.
@@ -89,7 +91,7 @@ def _fold(call: Any, in_dims: Sequence[int | None], samples: int, own_gates: boo
     where = _HEADS if own_gates or call.cu_seqlens is not None else _BATCH
     folded = {}
     for name, at in where.items():
-        x = getattr(call, name, None)
+        x = getattr(call, name) if name in call._fields else None
         if x is not None:
             dim = dims.get(name)
             x = torch.stack([x] * samples, at) if dim is None else x.movedim(dim, at)
@@ -102,7 +104,7 @@ def _unfold(x: Tensor, at: int, samples: int) -> Tensor:
 
 
 def _vmap_forward(function: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
-    call, where = _fold(chunk_kda.Arguments(*args), in_dims, info.batch_size, own_gates=False)
+    call, where = _fold(chunk_kda.Arguments(*args), in_dims, info.batch_size)
     dims = where["v"], where["initial_state"], where["v"]
     outputs = function(*call)
     return tuple(_unfold(x, at, info.batch_size) for x, at in zip(outputs, dims, strict=True)), dims
@@ -120,15 +122,34 @@ def _vmap_backward(function: Callable[..., Any], info: Any, in_dims: Sequence[in
     return tuple(outputs), dims
 
 
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise ValueError("state_pool must not be under torch.vmap: it is updated in place. Map over the batch instead")
+def _vmap_transition(function: Callable[..., Any], info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+    call, where = _fold(chunk_kda_transition.Arguments(*args), in_dims, info.batch_size)
+    dim = where["initial_state"]
+    return tuple(_unfold(x, dim, info.batch_size) for x in function(*call)), (dim, dim)
 
 
-if hasattr(torch.library, "register_vmap"):  # torch 2.5
-    for _op, _rule in ((chunk_kda.op, _vmap_forward), (chunk_kda_backward.op, _vmap_backward)):
+_HAS_VMAP = hasattr(torch.library, "register_vmap")  # torch 2.5
+
+
+def refuse_vmap(op: Any, written: str) -> None:
+    """The rule of an op that writes into one of its arguments."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise ValueError(f"{written} must not be under torch.vmap: it is updated in place. Map over the batch instead")
+
+    if _HAS_VMAP:
+        torch.library.register_vmap(op, rule)
+
+
+if _HAS_VMAP:
+    for _op, _rule in (
+        (chunk_kda.op, _vmap_forward),
+        (chunk_kda_backward.op, _vmap_backward),
+        (chunk_kda_transition.op, _vmap_transition),
+    ):
         torch.library.register_vmap(_op, lambda *args, _op=_op, _rule=_rule: _rule(_op, *args))
-    for _module in (chunk_kda_paged, recurrent_kda_paged):
-        torch.library.register_vmap(_module.op, _no_vmap)
+for _module in (chunk_kda_paged, recurrent_kda_paged):
+    refuse_vmap(_module.op, "state_pool")
 
 
 class TransformedChunkKDA(torch.autograd.Function):
@@ -178,11 +199,26 @@ def _state_flops(v: Sequence[int], k: Sequence[int]) -> int:
     return 2 * B * T * HV * V * k[-1]
 
 
-@register_flop_formula([getattr(torch.ops.flashkda, module.op._opoverload._opname) for module in _FORWARD])
 def _forward_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return 3 * _state_flops(v, k)  # S k, u k^T and S q
 
 
-@register_flop_formula(torch.ops.flashkda.chunk_kda_backward)
 def _backward_flops(do: Any, dht: Any, q: Any, k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return 8 * _state_flops(v, k)  # two for each of the three, and the states once more, which were not kept
+    products = 2 if do is None else 3
+    return (2 * products + 2) * _state_flops(v, k)  # two for each, and the states once more, which were not kept
+
+
+def _transition_flops(k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    rows = (*v[:3], v[3] + k[3])  # those of the state, of which B has V and M has K
+    return 2 * _state_flops(rows, k)  # S k and u k^T
+
+
+def count_as_forward(op: Any) -> None:
+    """The formula of an op that takes ``q``, ``k`` and ``v`` first and returns outputs."""
+    register_flop_formula(op._opoverload.overloadpacket)(_forward_flops)
+
+
+for _module in _FORWARD:
+    count_as_forward(_module.op)
+register_flop_formula(torch.ops.flashkda.chunk_kda_backward)(_backward_flops)
+register_flop_formula(torch.ops.flashkda.chunk_kda_transition)(_transition_flops)
