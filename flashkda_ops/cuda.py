@@ -16,6 +16,9 @@ from torch import Tensor
 
 from flashkda_ops.options import KdaOptions
 
+_View = tuple[int, int, int, int]
+"""The address of a tensor [B, T, H] or [B, T, H, D], and its strides over the batch, tokens and heads."""
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
@@ -80,13 +83,6 @@ def _sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _loadable(x: Tensor, elements: int = 4) -> Tensor:
-    """x, or a copy where its last dimension is not contiguous or not aligned to loads of that many elements."""
-    strides = x.stride()
-    aligned = x.data_ptr() % (elements * x.element_size()) == 0 and all(s % elements == 0 for s in strides[:-1])
-    return x if strides[-1] == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
-
-
 def _tokens_reason(q: Tensor, v: Tensor) -> str | None:
     """Why no kernel serves these (valid) tokens, or None if all do."""
     reason = device_reason(q.device)
@@ -142,10 +138,13 @@ def recurrent_kda_paged_reason(
     return None
 
 
-def _view(x: Tensor) -> tuple[int, int, int, int]:
-    """The address of x of [B, T, H, ...], and its B, T and H strides."""
-    batch, token, head = x.stride()[:3]
-    return x.data_ptr(), batch, token, head
+def _loadable_view(x: Tensor, elements: int = 4) -> tuple[Tensor, _View]:
+    """x of [B, T, H, D], or a copy where D is not contiguous or not aligned to loads of that many elements."""
+    address, (batch, token, head, last) = x.data_ptr(), x.stride()
+    if last != 1 or (batch | token | head) % elements != 0 or address % (elements * x.element_size()) != 0:
+        x = x.clone(memory_format=torch.contiguous_format)
+        address, (batch, token, head, last) = x.data_ptr(), x.stride()
+    return x, (address, batch, token, head)
 
 
 def _indices(x: Tensor | None) -> tuple[int, int, bool]:
@@ -177,10 +176,12 @@ def recurrent_kda_paged(
     """
     device, dtypes = q.device, _dtypes()
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
-    q, k, g = _loadable(q), _loadable(k), _loadable(g)
-    v = _loadable(v, elements=1)
+    q, q_view = _loadable_view(q)
+    k, k_view = _loadable_view(k)
+    v, v_view = _loadable_view(v, elements=1)
+    g, g_view = _loadable_view(g)
     A_log = None if A_log is None else _dense_float(A_log)
-    dt_bias = None if dt_bias is None else _loadable(dt_bias.float().reshape(-1))
+    dt_bias = None if dt_bias is None else _aligned(_dense_float(dt_bias))
     slots, slot_stride = 0, 0
     if state_indices.dim() == 2:
         slots, slot_stride = state_indices.shape[1], state_indices.stride(1)
@@ -189,12 +190,12 @@ def recurrent_kda_paged(
     _launch(
         _extension().recurrent_kda_paged,
         device,
-        _view(o),
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(g),
-        _view(beta),
+        (o.data_ptr(), *o.stride()[:3]),
+        q_view,
+        k_view,
+        v_view,
+        g_view,
+        (beta.data_ptr(), *beta.stride()),
         state_pool.data_ptr(),
         state_pool.shape[0],
         state_pool.stride(0),
@@ -254,8 +255,8 @@ def _backward_workspace_bytes(
     return _extension().chunk_kda_bwd_workspace_bytes(batch, sequences, heads, value_heads, tokens, packed, sm_count)
 
 
-def _tma_view(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """x of [B, T, H, D], or a copy where a TMA descriptor cannot describe it; its address and its B, T, H strides."""
+def _tma_view(x: Tensor) -> tuple[Tensor, _View]:
+    """x of [B, T, H, D], or a copy where a TMA descriptor cannot describe it."""
     address, (batch, token, head, last) = x.data_ptr(), x.stride()
     per_16_bytes = 16 // x.element_size()
     # A stride over a single index is never taken, and may be anything; one of 0 over several is an expanded tensor's.

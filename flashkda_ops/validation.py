@@ -208,32 +208,35 @@ def validate_pool(pool: Tensor, state_indices: Tensor, q: Tensor, s: Sizes, stat
     letters = "rows, HV, V, K" if state_v_first else "rows, HV, K, V"
     if pool.dim() != 4:
         raise ValueError(f"state_pool must have shape [{letters}], got {_sizes(pool.shape)}")
-    require_shape("state_pool", pool, letters, *state_shape(s, pool.shape[0], state_v_first))
-    dtypes = (torch.float64,) if q.dtype == torch.float64 else (torch.float32, torch.bfloat16)
-    require_dtype("state_pool", pool, dtypes, q)
-    require_device("state_pool", pool, q)
-    row = 1
-    for size, stride in zip(reversed(pool.shape[1:]), reversed(pool.stride()[1:]), strict=True):
+    shape, strides = state_shape(s, pool.shape[0], state_v_first), pool.stride()
+    rows, HV, d1, d2 = shape
+    dtypes = (torch.float64,) if q.dtype is torch.float64 else (torch.float32, torch.bfloat16)
+    dense, row = (d1 * d2, d2, 1), HV * d1 * d2
+    if not (_fits(pool, shape, dtypes, q.device) and strides[1:] == dense and (rows <= 1 or strides[0] >= row)):
+        require_shape("state_pool", pool, letters, *shape)
+        require_dtype("state_pool", pool, dtypes, q)
+        require_device("state_pool", pool, q)
+        for size, stride, step in zip(shape[1:], strides[1:], dense, strict=True):
+            require(
+                size == 1 or stride == step,
+                lambda: (
+                    "state_pool must have contiguous rows (its first dimension alone may be strided): it is updated in "
+                    f"place, got strides {_sizes(strides)} for shape {_sizes(shape)}"
+                ),
+            )
         require(
-            size == 1 or stride == row,
-            lambda: (
-                "state_pool must have contiguous rows (its first dimension alone may be strided): it is updated in "
-                f"place, got strides {_sizes(pool.stride())} for shape {_sizes(pool.shape)}"
-            ),
+            rows <= 1 or strides[0] >= row,
+            lambda: f"state_pool must not have overlapping rows, got strides {_sizes(strides)}",
         )
-        row = row * size
-    require(
-        pool.shape[0] <= 1 or pool.stride(0) >= row,
-        lambda: f"state_pool must not have overlapping rows, got strides {_sizes(pool.stride())}",
-    )
-    if slots == 2 and state_indices.dim() == 2:
-        require_shape("state_indices", state_indices, "N, slots", s.N, state_indices.shape[1])
-        width = state_indices.shape[1]
-        require(width > 0, lambda: "state_indices must have at least one slot a sequence, got 0")
-    else:
-        require_shape("state_indices", state_indices, "N", s.N)
-    require_dtype("state_indices", state_indices, INDEX_DTYPES)
-    require_device("state_indices", state_indices, q)
+    if not _fits(state_indices, (s.N,), INDEX_DTYPES, q.device):
+        if slots == 2 and state_indices.dim() == 2:
+            width = state_indices.shape[1]
+            require_shape("state_indices", state_indices, "N, slots", s.N, width)
+            require(width > 0, lambda: "state_indices must have at least one slot a sequence, got 0")
+        else:
+            require_shape("state_indices", state_indices, "N", s.N)
+        require_dtype("state_indices", state_indices, INDEX_DTYPES)
+        require_device("state_indices", state_indices, q)
 
 
 def validate_num_accepted_tokens(accepted: Tensor | None, state_indices: Tensor, q: Tensor, s: Sizes) -> None:
