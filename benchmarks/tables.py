@@ -160,10 +160,12 @@ def training() -> str:
             line.append(f"{ours['peak_gib']:.2f}")
         if with_fla:
             for key, digits in (("bwd_gpu_us", 0), ("fwd_bwd_gpu_us", 0), ("fwd_bwd_us", 0), ("peak_gib", 2)):
-                line.append(f"{fla[key]:.{digits}f} ({fla[key] / ours[key]:.1f}x)" if fla and ours else "")
+                measured = fla and ours and key in fla
+                line.append(f"{fla[key]:.{digits}f} ({fla[key] / ours[key]:.1f}x)" if measured else "")
         if plain and cudnn:
             for key in ("bwd_gpu_us", "fwd_bwd_gpu_us"):
-                line.append(f"{plain[key]:.0f} / {cudnn[key]:.0f} ({cudnn[key] / plain[key]:.2f}x)")
+                ratio = f"{cudnn[key]:.0f} ({cudnn[key] / plain[key]:.2f}x)" if key in cudnn else ""
+                line.append(f"{plain[key]:.0f} / {ratio}")
             line.append(f"{plain['peak_gib']:.2f} / {cudnn['peak_gib']:.2f}")
         rows.append(line)
     header = ["shape", "gates", "forward, us", "backward, us", "both, us", "backward over the floor", "both, eager, us"]

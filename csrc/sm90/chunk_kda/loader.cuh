@@ -37,7 +37,8 @@ struct Loader {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       tma_load_4d(stage + kKeyOffset + half * 4096, maps.k, full, half * 64, token, head, batch);
-      if (L::kQueries && maps.q) tma_load_4d(stage + kQueryOffset + half * 4096, maps.q, full, half * 64, token, head, batch);
+      if (L::kQueries && maps.q)
+        tma_load_4d(stage + kQueryOffset + half * 4096, maps.q, full, half * 64, token, head, batch);
     }
     if constexpr (L::kWideGate) {
 #pragma unroll
@@ -53,8 +54,7 @@ struct Loader {
     }
 #pragma unroll
     for (int half = 0; half < L::kValueTiles; ++half) {
-      tma_load_4d(stage + L::value_offset(half), maps.v, full, (first_half + half) * 64, token, value_head,
-                  batch);
+      tma_load_4d(stage + L::value_offset(half), maps.v, full, (first_half + half) * 64, token, value_head, batch);
     }
     cursor.advance(1);
   }

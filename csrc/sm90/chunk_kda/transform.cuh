@@ -285,8 +285,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     if constexpr (kPass == Pass::kTransition) {
 #pragma unroll
       for (int slice = 0; slice < kHeadDim / 16; ++slice) {
-        const uint32_t v_address =
-            stage + L::value_offset(slice / 4) + (matrix_address ^ uint32_t(slice % 4 * 32));
+        const uint32_t v_address = stage + L::value_offset(slice / 4) + (matrix_address ^ uint32_t(slice % 4 * 32));
         uint32_t v_bits[4];
         ldmatrix_x4(v_bits, v_address);
         float v[8];

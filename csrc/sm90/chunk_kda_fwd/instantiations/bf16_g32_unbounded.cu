@@ -3,5 +3,6 @@
 namespace flashkda::chunk_kda_fwd {
 template cudaError_t launch<__nv_bfloat16, float, false, 1>(const ChunkKdaFwdParams&, const Plan&, cudaStream_t);
 template cudaError_t launch<__nv_bfloat16, float, false, 2>(const ChunkKdaFwdParams&, const Plan&, cudaStream_t);
-template cudaError_t launch_transitions<__nv_bfloat16, float, false>(const ChunkKdaTransitionParams&, int, cudaStream_t);
+template cudaError_t launch_transitions<__nv_bfloat16, float, false>(const ChunkKdaTransitionParams&, int,
+                                                                     cudaStream_t);
 }  // namespace flashkda::chunk_kda_fwd

@@ -5,5 +5,6 @@ template cudaError_t launch<__nv_bfloat16, __nv_bfloat16, false, 1>(const ChunkK
                                                                     cudaStream_t);
 template cudaError_t launch<__nv_bfloat16, __nv_bfloat16, false, 2>(const ChunkKdaFwdParams&, const Plan&,
                                                                     cudaStream_t);
-template cudaError_t launch_transitions<__nv_bfloat16, __nv_bfloat16, false>(const ChunkKdaTransitionParams&, int, cudaStream_t);
+template cudaError_t launch_transitions<__nv_bfloat16, __nv_bfloat16, false>(const ChunkKdaTransitionParams&, int,
+                                                                             cudaStream_t);
 }  // namespace flashkda::chunk_kda_fwd
