@@ -158,6 +158,9 @@ struct ChunkKdaBwdParams : ChunkKdaParams {
   float* d_dt_bias;            // [value_heads, 128]
   float* d_initial_state;      // as initial_state
   BatchedStrides d_o_stride;
+
+  // Whether anything but d_initial_state is wanted, which alone needs no state of the forward pass.
+  constexpr bool of_tokens() const { return dq || dk || dv || dg || dbeta || dA_log || d_dt_bias; }
 };
 
 }  // namespace flashkda

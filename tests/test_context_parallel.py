@@ -6,7 +6,7 @@ import datetime
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -141,32 +141,35 @@ def over_two_dimensions(dtype: torch.dtype, **options: Any) -> float:
     return differences(call, even(48), mesh)
 
 
-def edges(fast: bool, layout: str, dtype: torch.dtype) -> tuple[float, bool]:
-    """The worst error with edges and segments short enough to matter, and whether an edge forgot the rest."""
-    size, forgot = dist.get_world_size(), []
-    T = 48 * size
-    layouts: dict[str, Any] = {
+def in_segments(segments: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The function where a rank's tokens are cut in so many segments, however few they are."""
+    original = context_parallel._segments
+    context_parallel._segments = lambda heads, T: segments
+    try:
+        return function(*args, **kwargs)
+    finally:
+        context_parallel._segments = original
+
+
+def layouts(name: str, dtype: torch.dtype, **options: Any) -> float:
+    T = 48 * dist.get_world_size()
+    chosen: dict[str, Any] = {
         "one row": {"B": 1},
         "rows": {"B": 2},
         "one sequence": {"cu_seqlens": [0, T]},
         "sequences": {"cu_seqlens": [0, 5, T // 2 + 7, T // 2 + 30, T - 2]},
+        # with 3 segments of 16 tokens: a start and an end between two of them, with empty sequences there
+        "sequences where segments meet": {"cu_seqlens": [0, 16, 16, 32, T // 2 + 16, T // 2 + 16, T - 16]},
     }
-    call = make_call(T, gate="precomputed", initial_state=True, state_v_first=True, dtype=dtype, **layouts[layout])
-    if fast:
-        call["g"] = call["g"] - 4.0
-    original = context_parallel.EDGE, context_parallel.SEGMENT, context_parallel._forgets
-    context_parallel.EDGE, context_parallel.SEGMENT = 20, 9
+    call = make_call(T, initial_state=True, dtype=dtype, **chosen[name], **options)
+    return differences(call, even(T), dist.group.WORLD)
 
-    def watched(map: Tensor) -> Tensor:
-        forgets = original[2](map)
-        forgot.append(bool(forgets))
-        return forgets
 
-    context_parallel._forgets = watched
-    try:
-        return differences(call, even(T), dist.group.WORLD), any(forgot)
-    finally:
-        context_parallel.EDGE, context_parallel.SEGMENT, context_parallel._forgets = original
+def rows_apart(dtype: torch.dtype) -> float:
+    """Rows of tokens that do not lie behind each other."""
+    size = dist.get_world_size()
+    call = make_call(10 * size, B=3, dtype=dtype, initial_state=True)
+    return differences(call, even(10 * size), dist.group.WORLD, rows=10)
 
 
 def under_autocast() -> float:
@@ -346,20 +349,36 @@ def test_random_sequences_over_random_slices(world: World, seed: int) -> None:
     assert max(world.run(random_slices, seed, torch.float64)) < 1e-11
 
 
-@pytest.mark.parametrize("layout", ["one row", "rows", "one sequence", "sequences"])
-@pytest.mark.parametrize("fast", [True, False], ids=["fast gates", "slow and fast heads"])
-def test_what_the_edge_of_a_rank_forgets_is_left_out(world: World, fast: bool, layout: str) -> None:
-    # With fast gates the gradient of g is a small difference: in fp32 one process is 2e-5 off, too.
-    for dtype, tolerance in (EXACT, (torch.float32, 1e-4 if fast else 1e-5)):
-        results = world.run(edges, fast, layout, dtype)
-        assert max(difference for difference, _ in results) < tolerance
-        assert any(forgot for _, forgot in results) == (fast and layout != "rows" and world.size > 1)
+@pytest.mark.parametrize("segments", [3, 8])
+@pytest.mark.parametrize("layout", ["one row", "rows", "one sequence", "sequences", "sequences where segments meet"])
+@pytest.mark.parametrize("options", [{}, {"state_v_first": True, "gate": "precomputed"}], ids=str)
+def test_segments_of_a_rank_change_nothing(world: World, segments: int, layout: str, options: dict[str, Any]) -> None:
+    assert max(world.run(in_segments, segments, layouts, layout, torch.float64, **options)) < 1e-11
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_sequences_over_random_slices_in_segments(world: World, seed: int) -> None:
+    assert max(world.run(in_segments, 2 + seed, random_slices, 5 + seed, torch.float64)) < 1e-11
+
+
+def test_segments_of_ranks_of_any_number_of_tokens(world: World) -> None:
+    assert max(world.run(in_segments, 4, dense_uneven, torch.float64)) < 1e-11
+
+
+def test_rows_that_do_not_lie_behind_each_other_are_cut_too(two: World) -> None:
+    assert max(two.run(in_segments, 3, rows_apart, torch.float64)) < 1e-11
+
+
+def test_segments_fill_a_gpu_once_and_are_not_short() -> None:
+    assert [context_parallel._segments(16, T) for T in (0, 2047, 2048, 8192, 65536, 1 << 30)] == [1, 1, 2, 8, 8, 8]
+    assert [context_parallel._segments(heads, 1 << 20) for heads in (1, 12, 66, 67, 500)] == [132, 11, 2, 1, 1]
 
 
 def test_other_dtypes_differ_by_their_rounding(world: World) -> None:
     for dtype, tolerance in (ROUNDING, (torch.bfloat16, 2e-3)):
         assert max(world.run(dense, dtype)) < tolerance
         assert max(world.run(packed, [0, 7, 30, 77], dtype)) < tolerance
+        assert max(world.run(in_segments, 3, packed, [0, 7, 30, 77], dtype)) < tolerance
 
 
 def test_autocast_leaves_the_maps_in_fp32(two: World) -> None:
@@ -371,6 +390,7 @@ def test_a_mesh_of_two_dimensions_is_a_row_of_ranks(world: World, options: dict[
     if world.size == 1:
         return
     assert max(world.run(over_two_dimensions, torch.float64, **options)) < 1e-11
+    assert max(world.run(in_segments, 3, over_two_dimensions, torch.float64, **options)) < 1e-11
 
 
 @pytest.mark.parametrize(
@@ -379,15 +399,17 @@ def test_a_mesh_of_two_dimensions_is_a_row_of_ranks(world: World, options: dict[
 def test_forward_and_backward_each_exchange_one_map_a_head(two: World, options: dict[str, Any], maps: int) -> None:
     expected = maps * 4 * (16 * 16 + 16 * 8) * 4  # maps, heads, numbers, bytes
     assert two.run(exchanged, **options) == [[expected, expected]] * 2
+    assert two.run(in_segments, 3, exchanged, **options) == [[expected, expected]] * 2
 
 
 def test_the_halo_is_the_end_of_the_rank_before(world: World) -> None:
     assert max(world.run(halo)) == 0
 
 
+@pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("options", [{"B": 3}, {"cu_seqlens": [0, 2, 50, 77]}], ids=str)
-def test_it_compiles_to_one_graph_for_all_values(two: World, options: dict[str, Any]) -> None:
-    assert max(two.run(compiled, **options)) == 0
+def test_it_compiles_to_one_graph_for_all_values(two: World, options: dict[str, Any], segments: int) -> None:
+    assert max(two.run(in_segments, segments, compiled, **options)) == 0
 
 
 @pytest.mark.parametrize(

@@ -84,144 +84,75 @@ def _all_gather(x: Tensor, axis: _Axis) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _composed(maps: Tensor) -> Tensor:
-    """One map for ``n >= 1`` of them ``[n, ...]``, the first applied first, in a tree."""
-    K = maps.shape[-2]
-    while maps.shape[0] > 1:
-        n = maps.shape[0]
-        first, second = maps[0 : n - 1 : 2], maps[1:n:2]
+def _levels(maps: Tensor) -> list[Tensor]:
+    """``n >= 1`` maps ``[..., n, K, K + V]``, those of neighbours composed, and so on up to one map for all.
+
+    The first is applied first.
+    """
+    levels = [maps]
+    while (n := maps.shape[-3]) > 1:
+        K = maps.shape[-2]
+        first, second = maps[..., 0 : n - 1 : 2, :, :], maps[..., 1:n:2, :, :]
         pairs = second[..., :K] @ first
         pairs[..., K:] += second[..., K:]
-        maps = torch.cat((pairs, maps[n - 1 :])) if n % 2 else pairs
-    return maps[0]
+        maps = torch.cat((pairs, maps[..., n - 1 :, :, :]), -3) if n % 2 else pairs
+        levels.append(maps)
+    return levels
 
 
-def _incoming(M: Tensor, B: Tensor, axes: _Axes, *, reverse: bool = False) -> Tensor:
+def _states_before(levels: list[Tensor], S: Tensor) -> Tensor:
+    """The state ``[..., n, K, V]`` before each of the ``n`` maps, where ``S [..., K, V]`` is that before the first."""
+    states = S.unsqueeze(-3)
+    for maps in reversed(levels[:-1]):
+        n = maps.shape[-3]
+        before = states[..., : n // 2, :, :]
+        between = _applied(maps[..., 0 : n - 1 : 2, :, :], before)
+        pairs = torch.stack((before, between), -3).flatten(-4, -3)
+        states = torch.cat((pairs, states[..., n // 2 :, :, :]), -3) if n % 2 else pairs
+    return states
+
+
+def _applied(maps: Tensor, S: Tensor) -> Tensor:
+    M, B = maps.split((S.shape[-2], S.shape[-1]), -1)
+    return M @ S + B
+
+
+def _incoming(own: Tensor, axes: _Axes, *, reverse: bool = False) -> Tensor:
     """What the maps of all ranks before this one make of a zero state; of all behind it with ``reverse``.
 
     One all-gather for each dimension of the mesh, the innermost first: a row of ranks acts as one map on the next.
     """
-    own = torch.cat((M, B), -1)
+    S = torch.zeros_like(own[..., own.shape[-2] :])
     before: list[Tensor] = []  # maps from the start of a row to this rank, innermost row first
     for i, axis in enumerate(reversed(axes)):
-        maps = _all_gather(own, axis)
-        maps, rank = (maps.flip(0), axis.size - 1 - axis.rank) if reverse else (maps, axis.rank)
+        maps = _all_gather(own, axis).movedim(0, -3)
+        maps, rank = (maps.flip(-3), axis.size - 1 - axis.rank) if reverse else (maps, axis.rank)
         if rank > 0:
-            before.append(_composed(maps[:rank]))
+            before.append(_levels(maps[..., :rank, :, :])[-1].squeeze(-3))
         if i + 1 < len(axes):
-            own = _composed(maps)
-    S = torch.zeros_like(B)
-    for x in reversed(before):
-        M, B = x.split((M.shape[-1], B.shape[-1]), -1)
-        S = M @ S + B
+            own = _levels(maps)[-1].squeeze(-3)
+    for map in reversed(before):
+        S = _applied(map, S)
     return S
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the sequences lie
+# Segments, and where the sequences lie in them
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-class _Slice(NamedTuple):
-    """The sequences as this rank sees them, all on the device. Masks and rows are of the ``N`` sequences.
-
-    A *span* is a place for a sequence that goes over the rank's edges: one for packed sequences, ``B`` for dense ones.
-    """
-
-    starts: Tensor  # [N]: the sequence's first token is here (of an empty one, its place)
-    ends: Tensor  # [N]: its last token is
-    enters: Tensor  # [N]: it comes in from a rank before
-    leaves: Tensor  # [N]: it goes on to a rank behind
-    entering: Tensor  # [spans]: the sequence that enters, any where none does
-    leaving: Tensor  # [spans]: the sequence that leaves, any where none does
-    cu_seqlens: Tensor | None  # [N + 1], of the tokens that are here
-    # [2] each, the first and the last token + 1 here of what enters and of what leaves; None for several dense rows.
-    entering_part: Tensor | None
-    leaving_part: Tensor | None
+# A rank cuts its tokens in segments of equal length, whose maps are computed side by side, and which then run side by
+# side, each from its own state: a long sequence of few heads would leave most of a GPU idle. So many of (segment, row,
+# value head) there should be, the multiprocessors of an H100.
+BLOCKS = 132
+# Fewer tokens do not pay for a segment.
+SHORTEST = 1024
 
 
-def _slice(q: Tensor, cu_seqlens: Tensor | None, rank_offsets: Tensor | None, axes: _Axes) -> _Slice:
-    B, T = q.shape[:2]
-    if cu_seqlens is None:
-        return _dense_slice(B, T, axes, q.device)
-    if rank_offsets is None:
-        rank_offsets = torch.arange(_size(axes) + 1, device=q.device) * T
-    return _packed_slice(cu_seqlens, rank_offsets, _rank(axes))
-
-
-def _dense_slice(B: int, T: int, axes: _Axes, device: torch.device) -> _Slice:
-    rank, last = _rank(axes), _size(axes) - 1
-
-    def all_or_none(mask: bool) -> Tensor:
-        return torch.full((B,), mask, device=device)
-
-    def part(mask: bool) -> Tensor | None:
-        return torch.arange(2, device=device) * (T if mask else 0) if B == 1 else None
-
-    every = torch.arange(B, device=device)
-    return _Slice(
-        starts=all_or_none(rank == 0),
-        ends=all_or_none(rank == last),
-        enters=all_or_none(rank > 0),
-        leaves=all_or_none(rank < last),
-        entering=every,
-        leaving=every,
-        cu_seqlens=None,
-        entering_part=part(rank > 0),
-        leaving_part=part(rank < last),
-    )
-
-
-def _packed_slice(cu_seqlens: Tensor, rank_offsets: Tensor, rank: int) -> _Slice:
-    offsets = rank_offsets.long().cummax(0).values
-    cu = torch.minimum(cu_seqlens.long().cummax(0).values, offsets[-1])
-    low, high = offsets[rank], offsets[rank + 1]
-    first, end = cu[:-1], cu[1:]
-    ranks = offsets.shape[0] - 1
-
-    def holds(token: Tensor) -> Tensor:
-        """Whether this rank holds the token; what lies past all ranks is the last one's."""
-        return torch.searchsorted(offsets[1:].contiguous(), token, right=True).clamp(max=ranks - 1) == rank
-
-    enters, leaves = (first < low) & (end > low), (first < high) & (end > high)
-    entering, leaving = (mask.to(torch.int8).argmax().unsqueeze(0) for mask in (enters, leaves))
-    here = torch.minimum((cu - low).clamp(min=0), high - low)
-
-    def part(mask: Tensor, sequence: Tensor) -> Tensor:
-        """The tokens here of the one sequence of the mask; none where there is none."""
-        return torch.where(mask.any(), here[torch.cat((sequence, sequence + 1))], 0)
-
-    return _Slice(
-        starts=holds(first),
-        ends=holds(torch.maximum(end - 1, first)),
-        enters=enters,
-        leaves=leaves,
-        entering=entering,
-        leaving=leaving,
-        cu_seqlens=here,
-        entering_part=part(enters, entering),
-        leaving_part=part(leaves, leaving),
-    )
-
-
-def _where(mask: Tensor, states: Tensor, other: Tensor | None = None) -> Tensor:
-    """``states`` where the mask of their rows says so, else ``other``, else zero: whatever they hold elsewhere."""
-    mask = mask.view(-1, 1, 1, 1)
-    return torch.where(mask, states, 0) if other is None else torch.where(mask, states, other)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# This rank's maps
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Tokens at a rank's edge that come first. Where they forget, in every head, whatever state they are entered with, the
-# others do not matter: these are then passed as no tokens at all, for which kernels only fill outputs. The device alone
-# knows.
-EDGE = 2048
-# Longer parts are cut into segments of this many tokens, whose maps are computed side by side.
-SEGMENT = 4096
-# A map with no entry above this leaves of a state less than rounding does.
-_FORGOTTEN = {torch.float32: 1e-12, torch.float64: 1e-22}
+def _segments(heads: int, T: int) -> int:
+    n = max(1, BLOCKS // max(1, heads))
+    while n > 1 and n * SHORTEST > T:
+        n //= 2
+    return n
 
 
 class _Gated(NamedTuple):
@@ -236,70 +167,198 @@ class _Gated(NamedTuple):
     lower_bound: float | None
 
 
-def _transition(tokens: Sequence[Tensor], cu_seqlens: Tensor | None, o: _Gated) -> Tensor:
-    """``[M | B]`` of each sequence of ``k, v, g, beta``."""
+def _transition(tokens: Sequence[Tensor], cu_seqlens: Tensor | None, o: _Gated) -> tuple[Tensor, Tensor]:
+    """``M`` and ``B`` of each sequence of ``k, v, g, beta``."""
     M, B = torch.ops.flashkda.chunk_kda_transition(*tokens, o.A_log, o.dt_bias, cu_seqlens, *o[2:])
-    return torch.cat((M, B), -1)
+    return M, B
 
 
-def _map_of_part(tokens: Sequence[Tensor], part: Tensor, o: _Gated) -> Tensor:
-    """``[M | B]`` of the tokens ``part[0]`` to ``part[1]``; the identity and zero where there are none."""
-    segments = max(1, -(-tokens[0].shape[1] // SEGMENT))
-    edges = torch.arange(segments + 1, device=part.device) * SEGMENT
-    edges[segments] = tokens[0].shape[1]
-    cu_seqlens = F.pad(torch.minimum(torch.maximum(edges, part[0]), part[1]), (1, 0))
-    return _composed(_transition(tokens, cu_seqlens, o)[1:]).unsqueeze(0)
+def _where(mask: Tensor, states: Tensor) -> Tensor:
+    """``states`` where the mask of their rows says so, else zero: whatever they hold elsewhere."""
+    return torch.where(mask.view(-1, 1, 1, 1), states, 0)
 
 
-def _forgets(map: Tensor) -> Tensor:
-    """Whether nothing of a state is left after the map, in any head."""
-    return map[..., : map.shape[-2]].abs().amax() < _FORGOTTEN[map.dtype]
+# A layout cuts sequences where segments meet. Its *pieces* are what lies between two cuts, ends or starts of sequences:
+# ``chunk_kda`` takes them as sequences of their own. What goes on from one segment to the next is at most one sequence:
+# a *span*. A layout has ``spans`` of them side by side, one for packed sequences, ``B`` for dense rows.
+#
+#   maps              what each segment does to the state that enters it, ``M`` and ``B [spans * n, HV, K, .]``
+#   message           what the rank does, from what its segments do ``[spans, HV, K, K + V]``
+#   entering          the state that enters the first segment, from that of the ranks before ``[spans, HV, K, V]``
+#   initial_states    of the pieces, from those that enter the segments
+#   final_states      of the sequences ``[N, HV, K, V]``, from those of the pieces: zero where they do not end here
+#
+# and the gradients of these. ``own`` are the initial states of the sequences, K-first as all states in here, or None.
 
 
-def _leaving_map(tokens: Sequence[Tensor], part: Tensor | None, o: _Gated) -> Tensor:
-    """``[M | B] [spans, ...]`` of the tokens here of what leaves."""
-    if part is None:
-        return _transition(tokens, None, o)
-    cut = tokens[0].shape[1] - EDGE
-    if cut <= 0:
-        return _map_of_part(tokens, part, o)
-    last = _map_of_part([x[:, cut:] for x in tokens], (part - cut).clamp(min=0), o)
-    rest = torch.where(_forgets(last), 0, part.clamp(max=cut))
-    return _composed(torch.stack((_map_of_part([x[:, :cut] for x in tokens], rest, o), last)))
+class _Dense:
+    """``B`` rows that lie over all ranks."""
+
+    def __init__(self, q: Tensor, segments: int, axes: _Axes) -> None:
+        self.spans, T = q.shape[:2]
+        self.n = segments
+        self.first, self.last = _rank(axes) == 0, _rank(axes) == _size(axes) - 1
+        self.cu_seqlens = None
+        if segments > 1:  # of the rows behind each other
+            self.cu_seqlens = torch.arange(self.spans * segments + 1, device=q.device) * T // segments
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return x if self.cu_seqlens is None or self.spans == 1 else x.flatten(0, 1).unsqueeze(0)
+
+    def maps(self, tokens: Sequence[Tensor], o: _Gated, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _transition(tokens, self.cu_seqlens, o)
+
+    def message(self, map: Tensor, own: Tensor | None) -> Tensor:
+        if own is None or not self.first:
+            return map
+        return torch.cat((map[..., : map.shape[-2]], _applied(map, own)), -1)
+
+    def entering(self, S: Tensor, own: Tensor | None) -> Tensor:
+        return S if own is None or not self.first else own
+
+    def initial_states(self, S: Tensor, own: Tensor | None) -> Tensor:
+        return S
+
+    def final_states(self, states: Tensor) -> Tensor:
+        states = self._rows(states)[:, -1].contiguous()
+        return states if self.last else torch.zeros_like(states)
+
+    def of_final_states(self, dS: Tensor) -> Tensor:
+        if not self.last:
+            return dS.new_zeros(self.spans * self.n, *dS.shape[1:])
+        others = dS.new_zeros(self.spans, self.n - 1, *dS.shape[1:])
+        return torch.cat((others, dS.unsqueeze(1)), 1).flatten(0, 1)
+
+    def of_entering(self, dinitial: Tensor) -> Tensor:
+        return dinitial
+
+    def of_leaving(self, dfinal: Tensor, dS: Tensor) -> Tensor:
+        return dfinal + dS
+
+    def of_initial_states(self, dinitial: Tensor) -> Tensor:
+        dS = self._rows(dinitial)[:, 0].contiguous()
+        return dS if self.first else torch.zeros_like(dS)
+
+    def _rows(self, states: Tensor) -> Tensor:
+        return states.unflatten(0, (self.spans, self.n))
 
 
-def _entering_gradient(
-    inputs: Sequence[Tensor | None],
-    do: Tensor,
-    dstates: Tensor,
-    s: _Slice,
-    options: tuple[Any, ...],
-) -> Tensor:
-    """The gradient ``[spans, ...]`` of what enters, from the outputs here and the states ``[N, ...]`` that end here.
+class _Packed:
+    """Sequences in one row of all ranks' tokens. All of it is arithmetic on the device.
 
-    Args:
-        inputs: ``q, k, v, g, beta, A_log, dt_bias`` of ``flashkda::chunk_kda``.
-        options: the arguments of ``flashkda::chunk_kda_backward`` from ``scale`` to ``batch_invariant``.
+    *Bounds* are the rank's first token, where its segments meet, and the token behind its last.
     """
-    *tokens, A_log, dt_bias = inputs
-    only_state = [False] * 7 + [True]
 
-    def through(a: int, b: int, dS: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """From the gradient of the state after rows ``a`` to ``b`` to that of the state before them."""
-        rows = [x[:, a:b] for x in tokens if x is not None]
-        return torch.ops.flashkda.chunk_kda_backward(
-            do[:, a:b], dS, *rows, A_log, dt_bias, torch.zeros_like(dS), cu_seqlens, *options, only_state
-        )[7]
+    spans = 1
 
-    T, dS = do.shape[1], dstates[s.entering]
-    if s.entering_part is None:
-        return through(0, T, dS, None)
-    part = s.entering_part  # from 0
-    if T > EDGE:
-        gated = _Gated(A_log, dt_bias, *options[1:6])
-        first = _map_of_part([x[:, :EDGE] for x in tokens[1:] if x is not None], part.clamp(max=EDGE), gated)
-        dS = through(EDGE, T, dS, torch.where(_forgets(first), 0, (part - EDGE).clamp(min=0)))
-    return through(0, min(T, EDGE), dS, part.clamp(max=EDGE))
+    def __init__(self, q: Tensor, segments: int, cu_seqlens: Tensor, rank_offsets: Tensor | None, axes: _Axes) -> None:
+        T, device, self.n = q.shape[1], q.device, segments
+        if rank_offsets is None:
+            offsets = torch.arange(_size(axes) + 1, device=device) * T
+        else:
+            offsets = rank_offsets.long().cummax(0).values
+        rank, last_rank, N = _rank(axes), _size(axes) - 1, cu_seqlens.shape[0] - 1
+        cu = torch.minimum(cu_seqlens.long().cummax(0).values, offsets[-1])
+        low, high = offsets[rank], offsets[rank + 1]
+        sequence_starts, sequence_ends = cu[:-1], cu[1:]
+
+        def held(token: Tensor) -> Tensor:
+            """Whether this rank holds the token; what lies past all ranks is the last one's."""
+            return torch.searchsorted(offsets[1:].contiguous(), token, right=True).clamp(max=last_rank) == rank
+
+        self.starts = held(sequence_starts)  # [N]: the sequence's first token is here (of an empty one, its place)
+        self.ends = held(torch.maximum(sequence_ends - 1, sequence_starts))  # [N]: its last token is
+
+        # What crosses each bound, [n + 1]: at the rank's own bounds only what has a token before it, elsewhere also
+        # what starts there, which is as good as a state that comes through.
+        here = torch.minimum(torch.maximum(cu, low), high)
+        inside = torch.arange(segments + 1, device=device)
+        bounds = torch.minimum(low + inside * T // segments, here[-1])
+        owner = torch.searchsorted(cu, bounds, right=True) - 1
+        first_token = cu[owner.clamp(min=0)]
+        self.crosses = (owner >= 0) & (owner < N) & (first_token < bounds + (inside % segments > 0))
+        self.owner = owner.clamp(0, N - 1)
+        # [n]: a sequence goes on from this segment to the next; it came from the one before, too
+        self.goes_on = self.crosses[1:]
+        self.goes_through = self.crosses[:-1] & self.goes_on & (owner[:-1] == owner[1:])
+        start = torch.where(self.goes_on, torch.maximum(first_token[1:], bounds[:-1]), bounds[1:])
+        # The part of each segment that goes on, behind all that does not.
+        self.parts = F.pad(torch.stack((start, bounds[1:]), 1).flatten() - low, (1, 0))
+
+        # Pieces. Where a cut and a start of a sequence are the same token, the cut comes second: an empty piece. Cuts
+        # at the end of all sequences have nothing but empty pieces around them, and the last has none behind it.
+        here, cuts = here - low, bounds[1:-1] - low
+        at = torch.arange(N + 1, device=device) + torch.searchsorted(cuts, here)
+        cut_at = torch.arange(segments - 1, device=device) + torch.searchsorted(here, cuts, right=True)
+        self.cu_seqlens = torch.cat((here, cuts)).sort().values
+        self.first_piece, self.last_piece = at[:-1], at[1:] - 1
+        pieces = N + segments - 1
+        # [n]: the piece behind each bound but the last
+        self.behind_bound = torch.cat((at[self.owner[:1]], cut_at.clamp(max=pieces - 1)))
+        self.before_bound = torch.cat((cut_at, at[self.owner[-1:] + 1])) - 1  # [n]: the piece before the others
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return x
+
+    def maps(self, tokens: Sequence[Tensor], o: _Gated, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        M, B = (x[1::2] for x in _transition(tokens, self.parts, o))
+        if own is not None:
+            B = B + M @ _where(self.goes_on & ~self.goes_through, own[self.owner[1:]])
+        # A sequence that starts in a segment leaves it as B, whatever came before.
+        return _where(self.goes_through, M), _where(self.goes_on, B)
+
+    def message(self, map: Tensor, own: Tensor | None) -> Tensor:
+        return map
+
+    def entering(self, S: Tensor, own: Tensor | None) -> Tensor:
+        return S
+
+    def initial_states(self, S: Tensor, own: Tensor | None) -> Tensor:
+        states = self._pieces(S)
+        if own is not None:
+            states = states.index_copy(0, self.first_piece, _where(self.starts, own))
+        return states.index_add(0, self.behind_bound, _where(self.crosses[:-1], S))
+
+    def final_states(self, states: Tensor) -> Tensor:
+        return _where(self.ends, states[self.last_piece])
+
+    def of_final_states(self, dS: Tensor) -> Tensor:
+        return self._pieces(dS).index_copy(0, self.last_piece, _where(self.ends, dS))
+
+    def of_entering(self, dinitial: Tensor) -> Tensor:
+        return _where(self.crosses[:-1], dinitial[self.behind_bound])
+
+    def of_leaving(self, dfinal: Tensor, dS: Tensor) -> Tensor:
+        return dfinal.index_add(0, self.before_bound, _where(self.goes_on, dS))
+
+    def of_initial_states(self, dinitial: Tensor) -> Tensor:
+        return _where(self.starts, dinitial[self.first_piece])
+
+    def _pieces(self, states: Tensor) -> Tensor:
+        return states.new_zeros(self.cu_seqlens.shape[0] - 1, *states.shape[1:])
+
+
+_Layout = _Dense | _Packed
+
+
+def _layout(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, rank_offsets: Tensor | None, axes: _Axes, batch_invariant: bool
+) -> _Layout:
+    # With batch_invariant, sequences are cut by ranks alone.
+    segments = 1 if batch_invariant else _segments(q.shape[0] * v.shape[2], q.shape[1])
+    if cu_seqlens is None:
+        return _Dense(q, segments, axes)
+    return _Packed(q, segments, cu_seqlens, rank_offsets, axes)
+
+
+def _by_span(x: Tensor, layout: _Layout) -> Tensor:
+    """``[spans * n, HV, ...]`` to ``[spans, HV, n, ...]``."""
+    return x.unflatten(0, (layout.spans, layout.n)).transpose(1, 2)
+
+
+def _by_segment(x: Tensor) -> Tensor:
+    """The inverse of :func:`_by_span`."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,39 +396,45 @@ class _ContextParallel(torch.autograd.Function):
         batch_invariant: bool,
         axes: _Axes,
     ) -> tuple[Tensor, Tensor]:
-        s = _slice(q, cu_seqlens, rank_offsets, axes)
+        layout = _layout(q, v, cu_seqlens, rank_offsets, axes, batch_invariant)
+        tokens = [layout.tokens(x) for x in (q, k, v, g, beta)]
+        own = initial_state.mT if initial_state is not None and v_first else initial_state
         gated = _Gated(A_log, dt_bias, l2norm, gate, sigmoid, negative, lower_bound)
-        M, B = _leaving_map((k, v, g, beta), s.leaving_part, gated).split((k.shape[-1], v.shape[-1]), -1)
-        own = None
-        if initial_state is not None:
-            own = _where(s.starts, initial_state.mT if v_first else initial_state)
-            B = B + M @ _where(s.leaves, own)[s.leaving]
-        M = _where((s.enters & s.leaves)[s.leaving], M)  # a sequence that starts here ends in B, whatever came before
-        B = _where(s.leaves[s.leaving], B)
-        entering = _where(s.enters, _incoming(M, B, axes), own)
-        entering = (entering.mT if v_first else entering).contiguous()
+        M, B = layout.maps(tokens[1:], gated, own)
+        levels = _levels(torch.cat((_by_span(M, layout), _by_span(B, layout)), -1))
+        S = layout.entering(_incoming(layout.message(levels[-1].squeeze(-3), own), axes), own)
+        initial = layout.initial_states(_by_segment(_states_before(levels, S)), own)
+        initial = (initial.mT if v_first else initial).contiguous()
         options = (l2norm, gate, sigmoid, negative, lower_bound, v_first)
         o, final, _ = torch.ops.flashkda.chunk_kda(
-            q, k, v, g, beta, A_log, dt_bias, entering, s.cu_seqlens, scale, True, *options, 0, batch_invariant
+            *tokens, A_log, dt_bias, initial, layout.cu_seqlens, scale, True, *options, 0, batch_invariant
         )
-        ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, entering, M, *s)
+        ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, rank_offsets, initial, M)
         ctx.options, ctx.v_first, ctx.axes = (scale, *options, batch_invariant), v_first, axes
-        return o, _where(s.ends, final)
+        return o.view(v.shape), layout.final_states(final)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, A_log, dt_bias, entering, M, *slice_ = ctx.saved_tensors
-        s, inputs = _Slice(*slice_), (q, k, v, g, beta, A_log, dt_bias)
-        dht = _where(s.ends, dfinal)
-        C = _where(s.enters[s.entering], _entering_gradient(inputs, do, dht, s, ctx.options))
-        dS = _incoming(M.mT, C.mT if ctx.v_first else C, ctx.axes, reverse=True)
-        dht = _where(s.leaves, dS.mT if ctx.v_first else dS, dht)
+        *differentiable, cu_seqlens, rank_offsets, initial, M = ctx.saved_tensors
+        q, v, gates = differentiable[0], differentiable[2], differentiable[5:]
+        layout = _layout(q, v, cu_seqlens, rank_offsets, ctx.axes, ctx.options[-1])
+        do, *tokens = (layout.tokens(x) for x in (do, *differentiable[:5]))
+        inputs = (*tokens, *gates, initial, layout.cu_seqlens, *ctx.options)
+        with torch.autocast(q.device.type, enabled=False):  # as forward
+            dpieces = layout.of_final_states(dfinal)
+            only_initial = [False] * 7 + [True]
+            C = layout.of_entering(torch.ops.flashkda.chunk_kda_backward(do, dpieces, *inputs, only_initial)[7])
+            C = C.mT if ctx.v_first else C
+            # From the last segment to the first.
+            levels = _levels(torch.cat((_by_span(M.mT, layout), _by_span(C, layout)), -1).flip(-3))
+            leaving = _incoming(levels[-1].squeeze(-3), ctx.axes, reverse=True)
+            dS = _by_segment(_states_before(levels, leaving).flip(-3))
+            dpieces = layout.of_leaving(dpieces, dS.mT if ctx.v_first else dS)
         needed = [bool(n) for n in ctx.needs_input_grad[:8]]
-        grads = torch.ops.flashkda.chunk_kda_backward(do, dht, *inputs, entering, s.cu_seqlens, *ctx.options, needed)
-        *kept, dh0 = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-        if dh0 is not None:
-            dh0 = _where(s.starts, dh0)
-        return (*kept, dh0, *[None] * 11)
+        grads = torch.ops.flashkda.chunk_kda_backward(do, dpieces, *inputs, needed)
+        *grads, dinitial = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+        grads = [None if dx is None else dx.view(x.shape) for dx, x in zip(grads, differentiable, strict=True)]
+        return (*grads, None if dinitial is None else layout.of_initial_states(dinitial), *[None] * 11)
 
 
 def context_parallel_chunk_kda(

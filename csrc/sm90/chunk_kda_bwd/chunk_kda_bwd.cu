@@ -17,7 +17,7 @@ cudaError_t launch_steps(const ChunkKdaBwdParams& p, const Plan& plan, cudaStrea
   using namespace chunk_kda_bwd;
   cudaError_t error = plan.scans == 1 ? launch_states<T, G, kBounded, 1>(p, plan, stream)
                                       : launch_states<T, G, kBounded, 2>(p, plan, stream);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || !p.of_tokens()) return error;
   error = launch_gradients<T, G, kBounded>(p, plan, stream);
   return error != cudaSuccess ? error : launch_reduce<T>(p, plan, stream);
 }

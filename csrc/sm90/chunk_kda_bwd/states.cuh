@@ -110,7 +110,7 @@ __device__ __forceinline__ bool read_item(const StateArguments& arguments, int i
   item.token = begin;
   item.left = length;
   item.tile = first_tile;
-  return tiles > 0;
+  return tiles > 0 && p.of_tokens();
 }
 
 template <typename L>
