@@ -3,7 +3,8 @@
 One long row, K = V = 128, bf16 tokens, L2 norm, bounded gate and beta sigmoid in the kernel, in the gate regimes of
 ``bench_prefill.py``. A time is a median over runs, each the slowest rank's between two barriers; implementations
 alternate. ``graph_us`` is of replays of a CUDA graph, which holds the exchange too; ``eager_us`` starts on idle GPUs.
-``error`` is the difference to one GPU, of the output (forward) and the worst gradient (forward + backward).
+``error`` is the difference to one GPU, of the output (forward) and the worst gradient (forward + backward), as graphs
+leave them.
 
     torchrun --nproc-per-node 2 benchmarks/bench_distributed.py [--tokens 131072] [--heads 16] [--regimes fast slow]
                                                                 [--eager]
@@ -58,9 +59,9 @@ def make_call(tokens: int, heads: int, head_dim: int, regime: str, device: str) 
 def parts(call: Call, dim: int) -> Call:
     """This rank's tokens (``dim`` 1) or heads (``dim`` 2)."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    split = {name: call[name].chunk(size, dim)[rank].contiguous() for name in TOKENS}
+    split = {name: call[name].chunk(size, dim)[rank].contiguous() for name in (*TOKENS, "o") if name in call}
     if dim == 2:
-        split |= {name: call[name].chunk(size)[rank].contiguous() for name in ("A_log", "dt_bias")}
+        split |= {name: call[name].chunk(size)[rank].contiguous() for name in ("A_log", "dt_bias") if name in call}
     return {**call, **split}
 
 
@@ -68,13 +69,21 @@ def leaves_of(call: Call) -> Call:
     return {**call, **{name: call[name].detach().requires_grad_() for name in LEAVES}}
 
 
-def forward(function: Callable[..., Any], call: Call) -> Tensor:
-    return function(**call)[0]
+@torch.no_grad()
+def forward(function: Callable[..., Any], call: Call) -> Call:
+    return {"o": function(**call)[0]}
 
 
-def forward_backward(function: Callable[..., Any], call: Call) -> tuple[Tensor, ...]:
+def forward_backward(function: Callable[..., Any], call: Call) -> Call:
     o = function(**call)[0]
-    return torch.autograd.grad(o, [call[name] for name in LEAVES], call["v"].detach())
+    grads = torch.autograd.grad(o, [call[name] for name in LEAVES], call["v"].detach())
+    return dict(zip(LEAVES, grads, strict=True))
+
+
+def captured(call: Callable[[], Call]) -> tuple[Callable[[], None], Call]:
+    """A replay of the call, and what it returns."""
+    results: Call = {}
+    return capture(lambda _: results.update(call()), 1).replay, results
 
 
 def slowest_us(calls: dict[str, Callable[[], object]], device: str, runs: int) -> dict[str, tuple[float, float]]:
@@ -99,28 +108,18 @@ def slowest_us(calls: dict[str, Callable[[], object]], device: str, runs: int) -
     return result
 
 
-def errors(whole: Call, by_tokens: Call, by_heads: Call, parallel: Callable[..., Any]) -> dict[str, dict[str, float]]:
-    """Differences to one GPU, the worst rank's."""
-    o, grads = forward(flashkda_ops.chunk_kda, whole), forward_backward(flashkda_ops.chunk_kda, whole)
-    found = {}
-    for mode, call, function, dim in (
-        ("context_parallel", by_tokens, parallel, 1),
-        ("tensor_parallel", by_heads, flashkda_ops.chunk_kda, 2),
-    ):
-        expected = parts({**whole, "o": o, **dict(zip(LEAVES, grads, strict=True))}, dim)
-        actual = dict(zip(LEAVES, forward_backward(function, call), strict=True))
-        if dim == 1:
-            for name in ("A_log", "dt_bias"):
-                dist.all_reduce(actual[name])
-        expected_o = o.chunk(dist.get_world_size(), dim)[dist.get_rank()]
-        worst = [
-            error(forward(function, call).detach(), expected_o.detach().double()),
-            max(error(actual[name], expected[name].double()) for name in LEAVES),
-        ]
-        worst_of_all = torch.tensor(worst, device=o.device)
-        dist.all_reduce(worst_of_all, dist.ReduceOp.MAX)
-        found[mode] = dict(zip(("forward", "forward_backward"), worst_of_all.tolist(), strict=True))
-    return found
+def worst_difference(one: Call, mode: str, results: Call) -> float:
+    """The worst rank's and tensor's difference to one GPU's results."""
+    expected = parts(one, 1 if mode == "context_parallel" else 2)
+    found = []
+    for name, x in results.items():
+        if mode == "context_parallel" and name in ("A_log", "dt_bias"):
+            x = x.clone()
+            dist.all_reduce(x)
+        found.append(error(x, expected[name].double()))
+    worst = torch.tensor(found, device=x.device).amax()
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return float(worst)
 
 
 def main() -> None:
@@ -134,8 +133,11 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
+        dist.init_process_group("nccl", device_id=gpu)
+    else:
+        dist.init_process_group("gloo")
     tokens = options.tokens or (131072 if device == "cuda" else 256)
     head_dim = 128 if device == "cuda" else 16
     group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
@@ -145,20 +147,20 @@ def main() -> None:
     for regime in options.regimes:
         whole = leaves_of(make_call(tokens, options.heads, head_dim, regime, device))
         by_tokens, by_heads = leaves_of(parts(whole, 1)), leaves_of(parts(whole, 2))
-        difference = errors(whole, by_tokens, by_heads, parallel)
         for direction, take in (("forward", forward), ("forward_backward", forward_backward)):
-            calls: dict[str, Callable[[], object]] = {
+            calls: dict[str, Callable[[], Call]] = {
                 "one": partial(take, flashkda_ops.chunk_kda, whole),
                 "context_parallel": partial(take, parallel, by_tokens),
                 "tensor_parallel": partial(take, flashkda_ops.chunk_kda, by_heads),
             }
-            if direction == "forward":
-                calls = {mode: torch.no_grad()(call) for mode, call in calls.items()}
             times = {"eager_us": slowest_us(calls, device, options.runs)}
             if device == "cuda" and not options.eager:
-                graphs = {mode: capture(lambda _, call=call: call(), 1) for mode, call in calls.items()}
-                times["graph_us"] = slowest_us({m: g.replay for m, g in graphs.items()}, device, options.runs)
+                graphs = {mode: captured(call) for mode, call in calls.items()}
+                times["graph_us"] = slowest_us({m: replay for m, (replay, _) in graphs.items()}, device, options.runs)
+                results = {mode: x for mode, (_, x) in graphs.items()}
                 del graphs
+            else:
+                results = {mode: call() for mode, call in calls.items()}
             for mode in calls:
                 row: dict[str, Any] = {
                     "shape": f"T{tokens}_H{options.heads}",
@@ -171,8 +173,8 @@ def main() -> None:
                 for kind, of_modes in times.items():
                     row[kind], row["spread"] = of_modes[mode]
                     row[f"times_one_{kind.removesuffix('_us')}"] = of_modes["one"][0] / of_modes[mode][0]
-                if mode in difference:
-                    row["error"] = difference[mode][direction]
+                if mode != "one":
+                    row["error"] = worst_difference(results["one"], mode, results[mode])
                 rows.append(row)
                 if rank == 0:
                     print({name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items()}, flush=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from helpers import DIFFERENTIABLE, TOKENS, Call, error, make_call, requiring_grad
+from helpers import DIFFERENTIABLE, TOKENS, Call, error, kernel_call, make_call, random_cu_seqlens, requiring_grad
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +36,15 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 @pytest.fixture(scope="module")
 def two() -> Iterator[World]:
     world = World(2)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def two_gpus() -> Iterator[World]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    world = World(2, "nccl")
     yield world
     world.close()
 
@@ -64,7 +73,7 @@ def differences(call: Call, offsets: list[int], mesh: Any, rows: int | None = No
     whole = requiring_grad(call)
     expected = chunk_kda(**whole, output_final_state=True)
     generator = torch.Generator().manual_seed(5)
-    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in expected]
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in expected]
     torch.autograd.backward(expected, cotangents)
 
     start, end = offsets[rank : rank + 2]
@@ -177,12 +186,25 @@ def under_autocast() -> float:
     T = 12 * dist.get_world_size()
     call, start = make_call(T), 12 * dist.get_rank()
     local = part(call, start, start + 12)
+    leaves = requiring_grad(local), requiring_grad({**local, **{name: local[name].bfloat16() for name in "qkv"}})
     with torch.autocast("cpu", torch.bfloat16):
-        o, state = context_parallel_chunk_kda(**local, mesh=dist.group.WORLD, output_final_state=True)
-    halves = {name: local[name].bfloat16() for name in ("q", "k", "v")}
-    expected = context_parallel_chunk_kda(**local | halves, mesh=dist.group.WORLD, output_final_state=True)
-    assert o.dtype == torch.bfloat16 and state.dtype == torch.float32
-    return max(error(o, expected[0]), error(state, expected[1]))
+        outputs = context_parallel_chunk_kda(**leaves[0], mesh=dist.group.WORLD, output_final_state=True)
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    expected = context_parallel_chunk_kda(**leaves[1], mesh=dist.group.WORLD, output_final_state=True)
+    torch.autograd.backward(expected, [torch.ones_like(x) for x in expected])
+    assert outputs[0].dtype == torch.bfloat16 and outputs[1].dtype == torch.float32
+    grads = ((leaves[0][name].grad, leaves[1][name].grad.to(leaves[0][name])) for name in (*TOKENS, "A_log"))
+    return max(error(x, y) for x, y in (*zip(outputs, expected, strict=True), *grads))
+
+
+def within_ranks() -> bool:
+    """Whether a sequence that a rank holds alone has the bits it has by itself."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    bounds = [bound for r in range(size) for bound in (40 * r + 5, 40 * r + 35)]
+    call = part(make_call(40 * size, cu_seqlens=[0, *bounds, 40 * size]), 40 * rank, 40 * rank + 40)
+    o, _ = context_parallel_chunk_kda(**call, mesh=dist.group.WORLD, batch_invariant=True)
+    alone = part({name: x for name, x in call.items() if name != "cu_seqlens"}, 5, 35)
+    return torch.equal(o[:, 5:35], chunk_kda(**alone, batch_invariant=True)[0])
 
 
 def compiled(**options: Any) -> float:
@@ -222,6 +244,51 @@ def halo() -> float:
     if rank < size - 1:
         expected[:, 3:] = 2.0 + rank
     return error(x.grad, expected)
+
+
+def on_gpus(options: dict[str, Any]) -> float:
+    call = kernel_call(2 * 4096, **options)
+    assert context_parallel._segments(call["v"].shape[0] * 4, 4096) == 4
+    return differences(call, even(2 * 4096), dist.group.WORLD)
+
+
+def replayed() -> list[float]:
+    """What replays of a captured step, forward and backward, with other sequences differ by from eager steps."""
+    T, rank, generator = 4096, dist.get_rank(), torch.Generator().manual_seed(0)
+    whole = kernel_call(2 * T, cu_seqlens=[0] * 5 + [2 * T], state_v_first=True)
+    local = requiring_grad(part(whole, 0, T))
+    offsets = torch.tensor([0, T, 2 * T], device="cuda")
+    leaves = [local[name] for name in DIFFERENTIABLE]
+    do, dht = torch.randn_like(local["v"]), torch.randn_like(local["initial_state"])
+
+    def step() -> list[Tensor]:
+        outputs = context_parallel_chunk_kda(
+            **local, mesh=dist.group.WORLD, rank_offsets=offsets, output_final_state=True
+        )
+        return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, (do, dht))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    worst = []
+    for _ in range(5):
+        border = int(torch.randint(1, T, (), generator=generator))
+        offsets.copy_(torch.tensor([0, border, border + T]))
+        local["cu_seqlens"].copy_(random_cu_seqlens(border + T, 5, generator))
+        start, end = (0, border) if rank == 0 else (border, border + T)
+        with torch.no_grad():
+            for name in TOKENS:
+                local[name][:, : end - start].copy_(whole[name][:, start:end])
+        for x in results:
+            x.fill_(torch.nan)
+        graph.replay()
+        worst += [error(x, y) if y.any() else float(x.abs().amax()) for x, y in zip(results, step(), strict=True)]
+    return worst
 
 
 class Exchanged(TorchDispatchMode):
@@ -349,9 +416,10 @@ def test_random_sequences_over_random_slices(world: World, seed: int) -> None:
     assert max(world.run(random_slices, seed, torch.float64)) < 1e-11
 
 
-@pytest.mark.parametrize("segments", [3, 8])
 @pytest.mark.parametrize("layout", ["one row", "rows", "one sequence", "sequences", "sequences where segments meet"])
-@pytest.mark.parametrize("options", [{}, {"state_v_first": True, "gate": "precomputed"}], ids=str)
+@pytest.mark.parametrize(
+    ("segments", "options"), [(3, {}), (8, {"state_v_first": True, "gate": "precomputed"})], ids=str
+)
 def test_segments_of_a_rank_change_nothing(world: World, segments: int, layout: str, options: dict[str, Any]) -> None:
     assert max(world.run(in_segments, segments, layouts, layout, torch.float64, **options)) < 1e-11
 
@@ -385,6 +453,10 @@ def test_autocast_leaves_the_maps_in_fp32(two: World) -> None:
     assert max(two.run(under_autocast)) == 0
 
 
+def test_with_batch_invariance_only_ranks_cut_sequences(two: World) -> None:
+    assert all(two.run(in_segments, 3, within_ranks))
+
+
 @pytest.mark.parametrize("options", [{"B": 2}, {"cu_seqlens": [0, 3, 45, 48]}], ids=str)
 def test_a_mesh_of_two_dimensions_is_a_row_of_ranks(world: World, options: dict[str, Any]) -> None:
     if world.size == 1:
@@ -410,6 +482,20 @@ def test_the_halo_is_the_end_of_the_rank_before(world: World) -> None:
 @pytest.mark.parametrize("options", [{"B": 3}, {"cu_seqlens": [0, 2, 50, 77]}], ids=str)
 def test_it_compiles_to_one_graph_for_all_values(two: World, options: dict[str, Any], segments: int) -> None:
     assert max(two.run(in_segments, segments, compiled, **options)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"B": 2, "state_v_first": True}, {"cu_seqlens": [0, 1000, 2048, 6000, 8190]}], ids=str
+)
+def test_two_gpus_give_what_one_gives(two_gpus: World, options: dict[str, Any]) -> None:
+    assert max(two_gpus.run(on_gpus, options)) < 1.2e-2
+
+
+@pytest.mark.gpu
+def test_a_captured_step_of_two_gpus_replays_with_other_sequences(two_gpus: World) -> None:
+    for differences in two_gpus.run(replayed):
+        assert max(differences) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch._dynamo", "flashkda_ops.distributed"])
 
 
-def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
+def _serve(rank: int, size: int, backend: str, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)
     while True:
         try:
             function, args, kwargs = connection.recv()
@@ -38,9 +40,9 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
 
 
 class World:
-    """``size`` ranks in a gloo group."""
+    """``size`` ranks in a group of the backend; with NCCL each has a GPU."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
@@ -48,7 +50,7 @@ class World:
         self.processes = []
         for rank in range(size):
             here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(rank, size, store, there), daemon=True)
+            process = _CONTEXT.Process(target=_serve, args=(rank, size, backend, store, there), daemon=True)
             process.start()
             there.close()
             self.connections.append(here)

@@ -6,8 +6,11 @@ all ranks exchange maps once, each composes those before it to the state that co
 there. The backward pass is the same with the adjoint maps: ``dS = dS' M^T + C``, where ``C`` is the gradient of the
 incoming state from the rank's own outputs.
 
+Within a rank, segments of its tokens do the same among each other: they run side by side, where one long sequence of
+few heads would leave most of a GPU idle.
+
 Of packed sequences at most one enters a rank from the rank before and at most one leaves it for the rank behind. So a
-rank's message is one map, however many sequences there are.
+rank's message is one map, however many sequences there are; and so it is with segments.
 """
 
 from __future__ import annotations
@@ -140,15 +143,14 @@ def _incoming(own: Tensor, axes: _Axes, *, reverse: bool = False) -> Tensor:
 # Segments, and where the sequences lie in them
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A rank cuts its tokens in segments of equal length, whose maps are computed side by side, and which then run side by
-# side, each from its own state: a long sequence of few heads would leave most of a GPU idle. So many of (segment, row,
-# value head) there should be, the multiprocessors of an H100.
+# How many of (segment, row, value head) run at a time: the multiprocessors of an H100.
 BLOCKS = 132
 # Fewer tokens do not pay for a segment.
 SHORTEST = 1024
 
 
 def _segments(heads: int, T: int) -> int:
+    """In how many segments of equal length a rank's ``T`` tokens run; ``heads`` counts those of all rows."""
     n = max(1, BLOCKS // max(1, heads))
     while n > 1 and n * SHORTEST > T:
         n //= 2
@@ -290,7 +292,8 @@ class _Packed:
         here, cuts = here - low, bounds[1:-1] - low
         at = torch.arange(N + 1, device=device) + torch.searchsorted(cuts, here)
         cut_at = torch.arange(segments - 1, device=device) + torch.searchsorted(here, cuts, right=True)
-        self.cu_seqlens = torch.cat((here, cuts)).sort().values
+        merged = torch.cat((here, cuts))
+        self.cu_seqlens = merged.scatter(0, torch.cat((at, cut_at)), merged)
         self.first_piece, self.last_piece = at[:-1], at[1:] - 1
         pieces = N + segments - 1
         # [n]: the piece behind each bound but the last
@@ -430,8 +433,8 @@ class _ContextParallel(torch.autograd.Function):
             leaving = _incoming(levels[-1].squeeze(-3), ctx.axes, reverse=True)
             dS = _by_segment(_states_before(levels, leaving).flip(-3))
             dpieces = layout.of_leaving(dpieces, dS.mT if ctx.v_first else dS)
-        needed = [bool(n) for n in ctx.needs_input_grad[:8]]
-        grads = torch.ops.flashkda.chunk_kda_backward(do, dpieces, *inputs, needed)
+            needed = [bool(n) for n in ctx.needs_input_grad[:8]]
+            grads = torch.ops.flashkda.chunk_kda_backward(do, dpieces, *inputs, needed)
         *grads, dinitial = (grad if need else None for grad, need in zip(grads, needed, strict=True))
         grads = [None if dx is None else dx.view(x.shape) for dx, x in zip(grads, differentiable, strict=True)]
         return (*grads, None if dinitial is None else layout.of_initial_states(dinitial), *[None] * 11)
