@@ -171,6 +171,17 @@ def test_a_call_in_segments_is_as_close_as_one_that_is_not(options: dict[str, An
         assert error(actual, exact) < 1.15 * error(whole, exact) + 1e-5
 
 
+@pytest.mark.parametrize("slow", [slice(0, 64), slice(64, 128), slice(32, 96)], ids=str)
+def test_some_channels_of_a_head_may_forget_alone(slow: slice) -> None:
+    call = kernel_call(1100, slow_heads=0)
+    call["dt_bias"][:, slow] -= 6
+    expected = reference(call)
+    one = run(call | {"batch_invariant": True})
+    torch.full((2**24,), torch.nan, device="cuda")  # what the workspace may hold
+    for actual, whole, exact in zip(run(call), one, expected, strict=True):
+        assert error(actual, exact) < 1.15 * error(whole, exact) + 1e-5
+
+
 def test_captured_calls_replay_with_any_sequences_interleaved() -> None:
     generator = torch.Generator().manual_seed(0)
     captured = []

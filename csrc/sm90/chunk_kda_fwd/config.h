@@ -26,7 +26,7 @@ constexpr int kOffsetBytes = 4 * kHeadDim * kHeadDim;
 struct SegmentLayout {
   size_t maps = 0;       // [heads][segments - 1][kMapBytes]
   size_t offsets = 0;    // [heads][segments - 1][kOffsetBytes]
-  size_t forgotten = 0;  // int32 [heads][segments - 1][2]: whether these rows of R^T are zero, and not stored
+  size_t forgotten = 0;  // int32 [heads][segments - 1][2]: whether these rows of R^T are zero
   size_t bytes = 0;
 };
 

@@ -272,30 +272,29 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
     }
     mbarrier_arrive(barriers.empty(stage));
 
+    if (forgotten) {
+#pragma unroll
+      for (int j = 0; j < 64; ++j) map[j / 32][j % 32] = 0.f;
+    }
     const int64_t head = int64_t(where.w) * p.value_heads + where.z;
     if constexpr (kSegments) {
       const SegmentArguments& to = arguments.segmented;
       const int64_t index = head * (to.segments - 1) + int(what.z);
-      store_state(offset, reinterpret_cast<float*>(to.offsets + index * kOffsetBytes) + first_element(true, row, pair),
-                  true);
+      float* const offsets = reinterpret_cast<float*>(to.offsets + index * kOffsetBytes);
+      store_state(offset, offsets + first_element(true, row, pair), true);
       if (threadIdx.x == 0) to.forgotten[index * 2 + what.y] = forgotten;
-      if (!forgotten) {
-        char* rows = to.maps + index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
+      // Zeros, too: the other half of the rows may not forget.
+      char* rows = to.maps + index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
 #pragma unroll
-        for (int j = 0; j < 16; ++j) {
-          const int chunk = (j % 8 ^ lane / 4) * 16;
+      for (int j = 0; j < 16; ++j) {
+        const int chunk = (j % 8 ^ lane / 4) * 16;
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float* r = &map[j / 8][j % 8 * 4 + 2 * i];
-            *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) = pack_fp16(r[0], r[1]);
-          }
+        for (int i = 0; i < 2; ++i) {
+          const float* r = &map[j / 8][j % 8 * 4 + 2 * i];
+          *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) = pack_fp16(r[0], r[1]);
         }
       }
     } else {
-      if (forgotten) {
-#pragma unroll
-        for (int j = 0; j < 64; ++j) map[j / 32][j % 32] = 0.f;
-      }
       const int64_t first = head * (kHeadDim * kHeadDim) + first_element(!p.state_v_first, row, pair);
       store_state(map, p.map + first, !p.state_v_first);
       store_state(offset, p.offset + first, !p.state_v_first);
