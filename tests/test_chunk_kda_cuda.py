@@ -171,6 +171,15 @@ def test_a_call_in_segments_is_as_close_as_one_that_is_not(options: dict[str, An
         assert error(actual, exact) < 1.15 * error(whole, exact) + 1e-5
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e15])
+def test_states_of_any_size_enter_segments(size: float) -> None:
+    call = kernel_call(1100, slow_heads=4)
+    call["v"] *= 1000
+    call["initial_state"] *= size
+    for actual, exact in zip(run(call), reference(call), strict=True):
+        assert actual.isfinite().all() and error(actual, exact) < TOLERANCE
+
+
 @pytest.mark.parametrize("slow", [slice(0, 64), slice(64, 128), slice(32, 96)], ids=str)
 def test_some_channels_of_a_head_may_forget_alone(slow: slice) -> None:
     call = kernel_call(1100, slow_heads=0)

@@ -42,9 +42,9 @@ struct MapRing {
   }
 };
 
-// 2^-e for a positive x below 2^e, of a magnitude that 1 / 2^e does not leave fp32.
+// 2^-e for an x of [0, 2^e), but 2^59 at most: what is to be added to x is multiplied with it, too, and x may be zero.
 __device__ __forceinline__ float inverse_power_above(float x) {
-  const int exponent = min(max(__float_as_int(x) >> 23, 2), 251);
+  const int exponent = min(max(__float_as_int(x) >> 23, 67), 251);
   return __int_as_float((253 - exponent) << 23);
 }
 
