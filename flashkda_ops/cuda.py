@@ -379,7 +379,7 @@ def _readable(plan: ChunkPlan, tensors: Sequence[Tensor | None]) -> Sequence[Ten
     for i in plan.copies:
         x = read[i]
         assert x is not None
-        read[i] = x.float().contiguous() if i in _PARAMETERS else x.clone(memory_format=torch.contiguous_format)
+        read[i] = _dense_float(x) if i in _PARAMETERS else x.clone(memory_format=torch.contiguous_format)
     return read
 
 
@@ -420,19 +420,11 @@ def chunk_kda_transition(plan: ChunkPlan, M: Tensor, B: Tensor, tensors: Sequenc
     )
 
 
-def chunk_kda_paged_reason(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state_pool: Tensor,
-    cu_seqlens: Tensor | None,
-) -> str | None:
-    """Why the prefill kernel does not work on this (valid) pool, or None if it does. Reads no tensor's values."""
-    reason = chunk_kda_reason(q, k, v, g, beta, None, None, None, cu_seqlens)
-    if reason is not None:
-        return reason
+def chunk_kda_paged_reason(state_pool: Tensor) -> str | None:
+    """Why the prefill kernel does not work on this (valid) pool beside tokens that it serves, or None if it does.
+
+    Reads no tensor's values.
+    """
     if state_pool.shape[0] > 2**31 - 1:
         return f"state_pool has {state_pool.shape[0]} rows: the kernel counts in 32 bits"
     return _pool_reason(state_pool)

@@ -146,8 +146,9 @@ def test_the_chunk_kernel_works_on_a_pool_by_shape_and_dtype_alone(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str | None
 ) -> None:
     monkeypatch.setattr(cuda, "device_reason", lambda device: None)
-    call = {name: x for name, x in chunk_call().items() if name in ("q", "k", "v", "g", "beta", "cu_seqlens")}
-    actual = cuda.chunk_kda_paged_reason(**call | {"state_pool": meta(7, 4, 128, 128, dtype=torch.float32)} | changes)
+    call = chunk_call(state_pool=meta(7, 4, 128, 128, dtype=torch.float32)) | changes
+    pool = call.pop("state_pool")
+    actual = cuda.chunk_kda_reason(**call) or cuda.chunk_kda_paged_reason(pool)
     assert actual is None if reason is None else reason in actual
 
 

@@ -51,7 +51,8 @@ def pool_call(
 
 def run(call: Call) -> Tensor:
     """The function, where the kernel serves the call on the pool itself."""
-    assert cuda.chunk_kda_paged_reason(*(call[x] for x in (*TOKENS, "state_pool")), call.get("cu_seqlens")) is None
+    tokens = (call.get(x) for x in (*TOKENS, "A_log", "dt_bias", "initial_state", "cu_seqlens"))
+    assert cuda.chunk_kda_reason(*tokens) is None and cuda.chunk_kda_paged_reason(call["state_pool"]) is None
     return chunk_kda_paged(**call)
 
 

@@ -82,7 +82,7 @@ def run(a: Arguments) -> Tensor:
         check_slots(a.state_indices, a.state_pool.shape[0], a.cu_seqlens, None, a.checkpoint_indices)
     if sizes.T == 0 or sizes.N == 0 or a.state_pool.shape[0] == 0:
         return a.v.new_zeros(sizes.B, sizes.T, sizes.HV, sizes.V)
-    if kernel is not None and cuda.chunk_kda_paged_reason(*a[:6], a.cu_seqlens) is None:
+    if kernel is not None and cuda.chunk_kda_paged_reason(a.state_pool) is None:
         o = torch.empty_like(a.v, memory_format=torch.contiguous_format)
         cuda.chunk_kda_paged(
             kernel, o, tensors, a.state_pool, a.state_indices, a.has_initial_state, a.checkpoint_offsets,

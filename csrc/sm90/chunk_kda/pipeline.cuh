@@ -29,6 +29,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstring>
 
 #include "common/elements.cuh"
@@ -103,6 +104,21 @@ struct Layout {
   static constexpr int kBytes = kMapBarriers + kMapBarrierBytes + kAlignment;
   static_assert(kBytes <= kSharedBytes);
 };
+
+// A sequence of a packed call: the one of that rank by length, from what plan.cuh left.
+struct PackedSequence {
+  int index;
+  int begin;
+  int length;
+};
+
+__device__ __forceinline__ PackedSequence packed_sequence(const void* plan, int sequences, int rank) {
+  const PlanLayout layout = plan_layout(sequences);
+  const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(plan) + layout.offsets);
+  const int index = reinterpret_cast<const int*>(static_cast<const char*>(plan) + layout.order)[rank];
+  const int begin = offsets[index];
+  return {index, begin, offsets[index + 1] - begin};
+}
 
 // What a chunk is. Written by the loader before it arrives on `full`.
 struct ChunkInfo {

@@ -75,14 +75,15 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
     const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
-    const int left = load_shared<int>(factors + kChunkInfoOffset + 16);
+    const int left = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, left));
     if (left <= 0) {  // an empty sequence, or the end
       __syncwarp();
       mbarrier_arrive(barriers.ready(cursor.stage));
       if (left == kStop) return;
       continue;
     }
-    const bool reverse = kPass == Pass::kStates && load_shared<int>(factors + kChunkInfoOffset + 28) & kReverse;
+    const bool reverse =
+        kPass == Pass::kStates && load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) & kReverse;
     const int valid = min(left, kChunk);
     const int value_head = int(where.z);
 

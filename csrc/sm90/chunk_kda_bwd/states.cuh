@@ -78,12 +78,11 @@ __device__ __forceinline__ bool read_item(const StateArguments& arguments, int i
     index -= rank * 2 * p.value_heads;
     item.reverse = index < p.value_heads;
     item.value_head = item.reverse ? index : index - p.value_heads;
-    const chunk_kda::PlanLayout layout = chunk_kda::plan_layout(p.sequences);
-    const int* offsets = reinterpret_cast<const int*>(arguments.plan + layout.offsets);
-    item.sequence = reinterpret_cast<const int*>(arguments.plan + layout.order)[rank];
+    const PackedSequence packed = packed_sequence(arguments.plan, p.sequences, rank);
+    item.sequence = packed.index;
     item.batch = 0;
-    begin = offsets[item.sequence];
-    length = offsets[item.sequence + 1] - begin;
+    begin = packed.begin;
+    length = packed.length;
     first_tile = arguments.tile_offsets[item.sequence];
   } else {
     // The way back takes longer.
@@ -189,9 +188,9 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared<uint4>(info);
-    const uint4 what = load_shared<uint4>(info + 16);
+    const uint4 what = load_shared<uint4>(info + offsetof(ChunkInfo, left));
     if (int(what.x) == kStop) break;
-    const uint2 borders = load_shared<uint2>(info + 32);
+    const uint2 borders = load_shared<uint2>(info + offsetof(ChunkInfo, chunks));
     const int chunks = int(borders.x);
     const bool reverse = what.w & kReverse;
     const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first

@@ -1,10 +1,7 @@
 // Chooses the instantiation, and plans packed calls.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
-#include <type_traits>
 
+#include "sm90/chunk_kda/dispatch.h"
 #include "sm90/chunk_kda/plan.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 #include "sm90/chunk_kda_fwd/launch.h"
@@ -26,20 +23,6 @@ cudaError_t launch_scans(ChunkKdaFwdParams p, cudaStream_t stream) {
                          : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, plan, stream);
 }
 
-// Calls `launch` with values of the types T and G of the tokens and gates, and whether these are bounded.
-template <typename Launch>
-cudaError_t dispatch(const ChunkKdaParams& p, Launch launch) {
-  if (p.dtype == Dtype::kFloat32 || (p.g_dtype != p.dtype && p.g_dtype != Dtype::kFloat32))
-    return cudaErrorInvalidValue;
-  const auto with_gate = [&](auto token, auto gate) {
-    return p.gate == Gate::kBounded ? launch(token, gate, std::true_type{}) : launch(token, gate, std::false_type{});
-  };
-  const auto with_token = [&](auto token) {
-    return p.g_dtype == Dtype::kFloat32 ? with_gate(token, float{}) : with_gate(token, token);
-  };
-  return p.dtype == Dtype::kBFloat16 ? with_token(__nv_bfloat16{}) : with_token(__half{});
-}
-
 cudaError_t plan_packed(const ChunkKdaParams& p, cudaStream_t stream) {
   if (!p.cu_seqlens) return cudaSuccess;
   return chunk_kda::launch_plan(p, static_cast<char*>(p.workspace), nullptr, 0, stream);
@@ -55,9 +38,9 @@ size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tok
 }
 
 cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& p, cudaStream_t stream) {
-  const cudaError_t error = plan_packed(p, stream);
-  if (error != cudaSuccess) return error;
-  return dispatch(p, [&](auto token, auto gate, auto bounded) {
+  return chunk_kda::dispatch(p, [&](auto token, auto gate, auto bounded) {
+    const cudaError_t error = plan_packed(p, stream);
+    if (error != cudaSuccess) return error;
     return launch_scans<decltype(token), decltype(gate), decltype(bounded)::value>(p, stream);
   });
 }
@@ -67,11 +50,11 @@ size_t chunk_kda_transition_workspace_bytes(int sequences, bool has_cu_seqlens) 
 }
 
 cudaError_t launch_chunk_kda_transition(const ChunkKdaTransitionParams& p, cudaStream_t stream) {
-  const cudaError_t error = plan_packed(p, stream);
-  if (error != cudaSuccess) return error;
   const int64_t items = 2 * int64_t(p.sequences) * p.value_heads;
   const int grid = int(std::min<int64_t>(items, p.sm_count));
-  return dispatch(p, [&](auto token, auto gate, auto bounded) {
+  return chunk_kda::dispatch(p, [&](auto token, auto gate, auto bounded) {
+    const cudaError_t error = plan_packed(p, stream);
+    if (error != cudaSuccess) return error;
     return chunk_kda_fwd::launch_transitions<decltype(token), decltype(gate), decltype(bounded)::value>(p, grid,
                                                                                                         stream);
   });

@@ -55,13 +55,11 @@ __device__ __forceinline__ Item read_item(const Arguments& arguments, int index)
     item.length = (last ? int(p.tokens) : item.begin + segment_tokens) - item.begin;
     item.flags = (item.segment == 0 ? kFromStart : 0) | (last ? kToEnd : 0);
   } else if (p.cu_seqlens) {
-    const char* workspace = static_cast<const char*>(p.workspace);
-    const chunk_kda::PlanLayout layout = chunk_kda::plan_layout(p.sequences);
-    const int* offsets = reinterpret_cast<const int*>(workspace + layout.offsets);
-    item.sequence = reinterpret_cast<const int*>(workspace + layout.order)[rank];
+    const PackedSequence packed = packed_sequence(p.workspace, p.sequences, rank);
+    item.sequence = packed.index;
     item.batch = 0;
-    item.begin = offsets[item.sequence];
-    item.length = offsets[item.sequence + 1] - item.begin;
+    item.begin = packed.begin;
+    item.length = packed.length;
   } else {
     item.sequence = item.batch = rank;
     item.begin = 0;

@@ -8,8 +8,6 @@
 // with the factors as chunk_kda/pipeline.cuh has them. Everything is transposed.
 #pragma once
 
-#include <cstddef>
-
 #include "common/hopper.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
@@ -85,7 +83,7 @@ __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barri
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared<uint4>(info);
-    const uint4 what = load_shared<uint4>(info + 16);
+    const uint4 what = load_shared<uint4>(info + offsetof(ChunkInfo, left));
     const int length = int(what.x);
     if (length == kStop) break;
     const int column = (int(what.y) + warpgroup) * 64 + warp * 16;  // of V, this warp's first

@@ -62,13 +62,11 @@ __device__ __forceinline__ TransitionItem read_transition(const TransitionArgume
     item.length = arguments.segmented.segment_chunks * kChunk;
     item.begin = item.segment * item.length;
   } else if (p.cu_seqlens) {
-    const char* workspace = static_cast<const char*>(p.workspace);
-    const PlanLayout layout = plan_layout(p.sequences);
-    const int* offsets = reinterpret_cast<const int*>(workspace + layout.offsets);
-    item.sequence = reinterpret_cast<const int*>(workspace + layout.order)[rank];
+    const PackedSequence packed = packed_sequence(p.workspace, p.sequences, rank);
+    item.sequence = packed.index;
     item.batch = 0;
-    item.begin = offsets[item.sequence];
-    item.length = offsets[item.sequence + 1] - item.begin;
+    item.begin = packed.begin;
+    item.length = packed.length;
   } else {
     item.begin = 0;
     item.length = int(p.tokens);
@@ -158,10 +156,10 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared<uint4>(info);
-    const uint4 what = load_shared<uint4>(info + 16);
+    const uint4 what = load_shared<uint4>(info + offsetof(ChunkInfo, left));
     if (int(what.x) == kStop) break;
-    const int chunks = load_shared<int>(info + 32);
-    const int item = load_shared<int>(info + 40);
+    const int chunks = load_shared<int>(info + offsetof(ChunkInfo, chunks));
+    const int item = load_shared<int>(info + offsetof(ChunkInfo, item));
     const int row = int(what.y) * 64 + warp * 16 + lane / 4;  // and row + 8
 
 #pragma unroll
@@ -304,7 +302,9 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
     for (;;) {
       mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
       const uint32_t next = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
-      if (load_shared<int>(next + 16) == kStop || load_shared<int>(next + 40) != item) break;
+      if (load_shared<int>(next + offsetof(ChunkInfo, left)) == kStop ||
+          load_shared<int>(next + offsetof(ChunkInfo, item)) != item)
+        break;
       mbarrier_arrive(barriers.empty(cursor.stage));
       cursor.advance(1);
     }
