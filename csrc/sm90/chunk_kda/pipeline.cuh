@@ -66,21 +66,17 @@ constexpr int kFactorBytes = 1792;
 constexpr int kSharedBytes = 232448;
 
 // kScans warpgroups scan, 64 rows each: both halves of a value head, or one of them where blocks outnumber heads.
-// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kHasQueries: or
-// both tiles of v lie where q would. kMapBytes: of the maps that states come through on their way into a segment,
-// 1024-byte aligned, with a pair of barriers a half.
-template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144, bool kHasQueries = true,
-          int kMapBytes = 0>
+// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kMapBytes: of
+// the maps that states come through on their way into a segment, 1024-byte aligned, with a pair of barriers a half.
+template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144, int kMapBytes = 0>
 struct Layout {
   using G = Gate;
   static constexpr int kScans = kScanWarpgroups;
-  static constexpr bool kQueries = kHasQueries;
+  static constexpr bool kQueries = true;
   static constexpr bool kWideGate = sizeof(G) == 4;
-  static constexpr int kValueTiles = kQueries ? kScans : 2;
-  static constexpr int kGateOffset = kQueries ? kValueOffset + kScans * kTileBytes : kValueOffset;
-  __host__ __device__ static constexpr int value_offset(int tile) {
-    return kQueries ? kValueOffset + tile * kTileBytes : kQueryOffset + tile * 4096;
-  }
+  static constexpr int kValueTiles = kScans;
+  static constexpr int kGateOffset = kValueOffset + kScans * kTileBytes;
+  __host__ __device__ static constexpr int value_offset(int tile) { return kValueOffset + tile * kTileBytes; }
   static constexpr int kStageBytes = kGateOffset + (kWideGate ? 4 : 2) * kTileBytes;
   // All other warps but the loader's, with a stage for each.
   static constexpr int kOtherWarps = kThreads / 32 - 4 * kScans - 1;
@@ -143,6 +139,7 @@ constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; 
 constexpr int kReverse = 4;                // the run goes from its last chunk to its first
 constexpr int kContinues = 8;              // the run begins with the state that the one before it ended with
 constexpr int kPadding = 16;               // no chunks: o gets zeros, for `chunks` tokens from `token` on
+constexpr int kBehindTransition = 32;      // the run, or the end, of a prefill in a block that has found a map first
 
 // The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
 // chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.

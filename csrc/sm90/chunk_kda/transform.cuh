@@ -42,10 +42,10 @@ struct GateFunction {
 
 // A warp's chunks, from the `warp`th in steps of as many as there are transform warps. Of kStates, the way forward
 // needs no q, and the way back leaves P where the others have PA; the inverse leaves as A, not AU. kTransition needs no
-// q, and v n_k in place of v.
+// q, and v n_k in place of v; where a prefill follows in the same block, it returns at the warp's first chunk of that.
 template <typename T, typename L, bool kBounded, Pass kPass>
 __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
-                          int warp) {
+                          Cursor<L::kStages>& cursor) {
   constexpr bool kUnitInverse = kPass == Pass::kStates;
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
@@ -69,13 +69,15 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
   GateFunction gate(p);
   int bias_head = -1;
 
-  Cursor<L::kStages> cursor(warp);
   for (;; cursor.advance(L::kTransformWarps)) {
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
     const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
     const int left = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, left));
+    if constexpr (kPass == Pass::kTransition) {
+      if (load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) & kBehindTransition) return;
+    }
     if (left <= 0) {  // an empty sequence, or the end
       __syncwarp();
       mbarrier_arrive(barriers.ready(cursor.stage));

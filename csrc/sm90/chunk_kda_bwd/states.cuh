@@ -432,7 +432,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
     const int role = warp - 4 * kScans;
     if (role < L::kTransformWarps) {
-      transform<T, L, kBounded, Pass::kStates>(arguments.p, block.shared, block.bias(role), block.barriers, role);
+      Cursor<L::kStages> cursor(role);
+      transform<T, L, kBounded, Pass::kStates>(arguments.p, block.shared, block.bias(role), block.barriers, cursor);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
       load_states<L>(arguments, block.shared, block.infos(), block.barriers);
     }

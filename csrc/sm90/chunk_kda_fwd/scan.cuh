@@ -43,7 +43,8 @@ __device__ __forceinline__ void clear_o(const ChunkKdaFwdParams& p, uint4 where,
 }
 
 template <typename T, typename L, bool kSegments>
-__device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers) {
+__device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers,
+                                     Cursor<L::kStages>& cursor) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
   const ChunkKdaFwdParams& p = arguments.p;
@@ -77,9 +78,8 @@ __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barri
   [[maybe_unused]] MapRing ring(shared + L::kMaps, shared + L::kMapBarriers);
   float state[2][32];  // of K, halves
   uint32_t copy[32];
-  Cursor<L::kStages> cursor(0);
   if constexpr (kSegments) cudaGridDependencySynchronize();  // the transitions
-  mbarrier_wait(barriers.ready(0), 0);
+  mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared<uint4>(info);
