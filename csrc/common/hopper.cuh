@@ -9,10 +9,9 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/memory.h>
 
-#include <cuda/atomic>
-
 #include <cstdint>
 #include <cstring>
+#include <cuda/atomic>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>

@@ -14,11 +14,12 @@
 //
 //   Kd = k exp(G)     Ki = k exp(-G)     Kr = k exp(G_last - G)     Qd = q exp(G)     d = diag(exp(G_last))
 //   P  = lower(Qd Ki^T)
-//   AU = n_k^-1 (I + L)^-1 diag(beta) n_k^-1, with L the part below the diagonal of diag(beta) n_k^-1 Kd Ki^T n_k^-1
+//   c  = diag(beta) / n_k^2
+//   A  = (I + L)^-1, with L the part below the diagonal of c Kd Ki^T
 //
-// and the scans (chunk_kda_fwd/scan.cuh, chunk_kda_bwd/states.cuh) say what becomes of them. Normalisation costs
-// nothing an element: it is in AU and in one factor a token. For the backward pass AU = A diag(c), c = beta / n_k^2,
-// leaves as A and c: A has ones on its diagonal, which bf16 holds exactly, and c is multiplied in fp32.
+// and the scans (chunk_kda_fwd/scan.cuh and transition.cuh, chunk_kda_bwd/states.cuh) say what becomes of them.
+// Normalisation costs nothing an element: it is in c and in one factor a token. A has ones on its diagonal: it leaves
+// less I, which is added in fp32, as c is multiplied.
 #pragma once
 
 #include <cuda.h>
@@ -55,11 +56,11 @@ constexpr int kValueOffset = 8192;  // v, or the gradient of o: a tile for each 
 // Behind v: g, then Kr in its first two tiles. With 32 bits g has four tiles, of 32 channels.
 
 // Of the factors of a chunk that are not tiles.
-constexpr int kSolveOffset = 0;           // bf16 [2][32][8]: rows of AU or A, then of PA or P; scratch before that
+constexpr int kSolveOffset = 0;           // bf16 [2][32][8]: rows of A - I, then of PA or P; scratch before that
 constexpr int kDecayOffset = 1024;        // fp32 [128]: d, in the order a scan thread reads it
 constexpr int kValueScaleOffset = 1536;   // fp32 [16]
 constexpr int kOutputScaleOffset = 1600;  // fp32 [16]
-constexpr int kColumnScaleOffset = 1664;  // fp32 [16]: what is left to multiply columns with; c, lowered, of kStates
+constexpr int kColumnScaleOffset = 1664;  // fp32 [16]: c, lowered
 constexpr int kChunkInfoOffset = 1728;
 constexpr int kFactorBytes = 1792;
 

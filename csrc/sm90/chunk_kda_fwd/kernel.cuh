@@ -24,7 +24,10 @@ template <int kScans, bool kSegments>
 constexpr bool kTransitionFirst = kSegments && kScans == 1;
 
 template <typename G, int kScans, bool kSegments>
-using PrefillLayout = Layout<G, kScans, kOutputBytes, kTransitionFirst<kScans, kSegments> ? 208 : kSegments ? 152 : 144,
+using PrefillLayout = Layout<G, kScans, kOutputBytes,
+                             kTransitionFirst<kScans, kSegments> ? 208
+                             : kSegments                         ? 152
+                                                                 : 144,
                              kSegments ? kMapBytes : 0>;
 
 // One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.

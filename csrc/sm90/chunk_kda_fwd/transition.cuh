@@ -2,7 +2,7 @@
 // the transitions of its chunks, from the last to the first, beginning with R = I and B = 0:
 //
 //   E  = Kr R
-//   D  = AU^T E
+//   D  = c A^T E
 //   B += (V n_k)^T D
 //   R <- M R = d R - Kd^T D
 //
@@ -202,13 +202,15 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
     };
     const auto add_offset = [&](cute::GmmaDescriptor values) {
       wgmma<Major::MN>(offset[0], packed, values);
-      wgmma<Major::MN>(offset[1], packed, moved(values, TransitionStage<L>::value_offset(1) - TransitionStage<L>::value_offset(0)));
+      wgmma<Major::MN>(offset[1], packed,
+                       moved(values, TransitionStage<L>::value_offset(1) - TransitionStage<L>::value_offset(0)));
       cute::warpgroup_commit_batch();
     };
     while (chunks > 0) {
       const cute::GmmaDescriptor tiles = swizzled_128b(shared + cursor.stage * L::kStageBytes);
       const cute::GmmaDescriptor system =
           mn_major_plain(shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset, 32);
+      const uint32_t column_scale = shared + L::kFactors + cursor.stage * kFactorBytes + kColumnScaleOffset + pair * 4;
       float e[8], d[8];
       cute::warpgroup_arrive();
 #pragma unroll
@@ -223,16 +225,19 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       uint32_t packed_e[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) packed_e[i] = pack_bf16(e[2 * i], e[2 * i + 1]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) d[i] = e[i];
       cute::warpgroup_arrive();
-      wgmma<Major::MN>(d, packed_e, system, ScaleOut::Zero);
+      wgmma<Major::MN>(d, packed_e, system);
       cute::warpgroup_commit_batch();
+      const float2 c[2] = {load_shared<float2>(column_scale), load_shared<float2>(column_scale + 32)};
       cute::warpgroup_wait<0>();
       if (done > 0) mbarrier_arrive(barriers.empty(stage));
       stage = cursor.stage;
       cursor.advance(1);
 
 #pragma unroll
-      for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(d[2 * i], d[2 * i + 1]);
+      for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(d[2 * i] * c[i / 2].x, d[2 * i + 1] * c[i / 2].y);
       cute::warpgroup_arrive();
       wgmma<Major::MN>(map[0], packed, moved(tiles, kKeyOffset));
       cute::warpgroup_commit_batch();
