@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import World
 
-from flashkda_ops import chunk_kda
-from flashkda_ops.distributed import context_parallel, context_parallel_chunk_kda, context_parallel_halo
+from flashkda_ops import chunk_kda, segments
+from flashkda_ops.distributed import context_parallel_chunk_kda, context_parallel_halo
 
 EXACT, ROUNDING = (torch.float64, 1e-11), (torch.float32, 1e-5)
 
@@ -152,14 +152,14 @@ def over_two_dimensions(dtype: torch.dtype, **options: Any) -> float:
     return differences(call, even(48), mesh)
 
 
-def in_segments(segments: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def in_segments(n: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The function where a rank's tokens are cut in so many segments, however few they are."""
-    original = context_parallel._segments
-    context_parallel._segments = lambda heads, T: segments
+    original = segments.count
+    segments.count = lambda heads, T: n
     try:
         return function(*args, **kwargs)
     finally:
-        context_parallel._segments = original
+        segments.count = original
 
 
 def layouts(name: str, dtype: torch.dtype, **options: Any) -> float:
@@ -250,7 +250,7 @@ def halo() -> float:
 
 def on_gpus(options: dict[str, Any]) -> float:
     call = kernel_call(2 * 4096, **options)
-    assert context_parallel._segments(call["v"].shape[0] * 4, 4096) == 4
+    assert segments.count(call["v"].shape[0] * 4, 4096) == 4
     return differences(call, even(2 * 4096), dist.group.WORLD)
 
 
@@ -440,8 +440,8 @@ def test_rows_that_do_not_lie_behind_each_other_are_cut_too(two: World) -> None:
 
 
 def test_segments_fill_a_gpu_once_and_are_not_short() -> None:
-    assert [context_parallel._segments(16, T) for T in (0, 2047, 2048, 8192, 65536, 1 << 30)] == [1, 1, 2, 8, 8, 8]
-    assert [context_parallel._segments(heads, 1 << 20) for heads in (1, 12, 66, 67, 500)] == [132, 11, 2, 1, 1]
+    assert [segments.count(16, T) for T in (0, 2047, 2048, 8192, 65536, 1 << 30)] == [1, 1, 2, 8, 8, 8]
+    assert [segments.count(heads, 1 << 20) for heads in (1, 12, 66, 67, 500)] == [132, 11, 2, 1, 1]
 
 
 def test_other_dtypes_differ_by_their_rounding(world: World) -> None:

@@ -1,0 +1,92 @@
+"""Gradients of sequences cut in segments, on one device. Over ranks: ``test_context_parallel.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import DIFFERENTIABLE, Call, error, kernel_call, make_call
+from torch import Tensor
+
+from flashkda_ops.ops import chunk_kda_backward
+from flashkda_ops.validation import Sizes
+
+
+def arguments(call: Call, cotangents: str = "both") -> chunk_kda_backward.Arguments:
+    generator = torch.Generator().manual_seed(7)
+    v, cu_seqlens = call["v"], call.get("cu_seqlens")
+    N = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    K, HV, V = call["q"].shape[3], *v.shape[2:]
+
+    def randn(like: str, *shape: int) -> Tensor | None:
+        wide = v.dtype if like == "v" else torch.promote_types(v.dtype, torch.float32)
+        return torch.randn(*shape, generator=generator).to(v.device, wide)
+
+    return chunk_kda_backward.Arguments(
+        **dict.fromkeys(chunk_kda_backward.Arguments._fields, None)
+        | {"use_gate_in_kernel": False, "state_v_first": False, "batch_invariant": False}
+        | call
+        | {"do": randn("v", *v.shape) if cotangents != "final state" else None}
+        | {
+            "dht": randn("state", N, HV, *((V, K) if call.get("state_v_first") else (K, V)))
+            if cotangents != "o"
+            else None
+        }
+        | {"output_mask": [call.get(name) is not None for name in DIFFERENTIABLE]}
+    )
+
+
+def sizes(call: Call) -> Sizes:
+    (B, T, H, K), (HV, V) = call["q"].shape, call["v"].shape[2:]
+    return Sizes(N=B if call.get("cu_seqlens") is None else len(call["cu_seqlens"]) - 1, B=B, T=T, H=H, HV=HV, K=K, V=V)
+
+
+@pytest.mark.parametrize("cotangents", ["both", "o", "final state"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"B": 2, "initial_state": True},
+        {"initial_state": True, "state_v_first": True, "gate": "unbounded", "beta": "negative eigenvalues"},
+        {"cu_seqlens": [0, 5, 5, 30, 35]},
+        {"cu_seqlens": [0, 5, 5, 30, 35], "initial_state": True, "state_v_first": True},
+        {"cu_seqlens": [0, 37], "initial_state": True, "gate": "precomputed", "beta": "raw"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [2, 5])
+def test_segments_change_no_gradient(n: int, options: dict[str, Any], cotangents: str) -> None:
+    call = make_call(37, dtype=torch.float64, **options)
+    a = arguments(call, cotangents)
+    expected = chunk_kda_backward.op(*a)
+    results = chunk_kda_backward._in_segments(a, sizes(call), n)
+    for name, x, y in zip(DIFFERENTIABLE, results, expected, strict=True):
+        if call.get(name) is None:
+            assert x is None
+        else:
+            assert x is not None and error(x, y) < 1e-11, name
+
+
+def test_only_long_sequences_of_few_heads_run_in_segments() -> None:
+    def n(T: int, HV: int, N: int = 1) -> int:
+        return chunk_kda_backward._segments(Sizes(N=N, B=1, T=T, H=HV, HV=HV, K=128, V=128))
+
+    assert [n(T, 16) for T in (4096, 32767, 32768, 131072, 1 << 20)] == [1, 1, 8, 8, 8]
+    assert [n(131072, HV) for HV in (1, 4, 8, 16, 17, 64)] == [32, 32, 16, 8, 1, 1]
+    assert [n(131072, 4, N) for N in (1, 2, 4, 5)] == [n(131072, HV) for HV in (4, 8, 16, 20)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"cu_seqlens": [0, 9000, 31000]}, {"state_v_first": True, "H": 1}], ids=str)
+def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
+    call = kernel_call(32768, **{"H": 2, "HV": 2} | options)
+    assert chunk_kda_backward._segments(sizes(call)) >= 8
+    a = arguments(call)
+    expected = chunk_kda_backward.op(*a._replace(batch_invariant=True))
+    results = chunk_kda_backward.op(*a)
+    again = chunk_kda_backward.op(*a)
+    for name, x, y, z in zip(DIFFERENTIABLE, results, expected, again, strict=True):
+        assert torch.equal(x, z), name
+        assert not torch.equal(x, y), name
+        assert error(x, y) < 1e-2, name
