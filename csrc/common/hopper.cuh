@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <cuda/atomic>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -56,6 +57,19 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 __device__ __forceinline__ void mbarrier_wait_patiently(uint32_t barrier, uint32_t parity) {
   while (!cutlass::arch::ClusterBarrier::try_wait(shared_pointer<uint64_t>(barrier), parity)) __nanosleep(50);
   compiler_fence();
+}
+
+// ---- between blocks
+
+// Between ordinary accesses of global memory and the copy engine's, on either side.
+__device__ __forceinline__ void fence_global_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+__device__ __forceinline__ int load_acquire(int* word) {
+  return cuda::atomic_ref<int, cuda::thread_scope_device>(*word).load(cuda::memory_order_acquire);
+}
+
+__device__ __forceinline__ void store_release(int* word, int x) {
+  cuda::atomic_ref<int, cuda::thread_scope_device>(*word).store(x, cuda::memory_order_release);
 }
 
 // ---- the copy engine

@@ -28,16 +28,18 @@ struct Loader {
     return reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(infos) + cursor.stage * kFactorBytes);
   }
 
-  // With no q where the map is null.
+  // With no q where the map is null. Stage: where tiles lie in a stage, L or TransitionStage<L>.
+  template <typename Stage = L>
   __device__ __forceinline__ void load(const Maps& maps, int batch, int token, int head, int value_head,
                                        int first_half) {
     const uint32_t full = barriers.full(cursor.stage);
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
-    mbarrier_arrive_expect_tx(full, L::kQueries && !maps.q ? L::kStageBytes - 2 * kTileBytes : L::kStageBytes);
+    const int q_tiles = Stage::kQueries && maps.q ? 2 : 0;
+    mbarrier_arrive_expect_tx(full, (2 + q_tiles + Stage::kValueTiles + (L::kWideGate ? 4 : 2)) * kTileBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       tma_load_4d(stage + kKeyOffset + half * 4096, maps.k, full, half * 64, token, head, batch);
-      if (L::kQueries && maps.q)
+      if (Stage::kQueries && maps.q)
         tma_load_4d(stage + kQueryOffset + half * 4096, maps.q, full, half * 64, token, head, batch);
     }
     if constexpr (L::kWideGate) {
@@ -53,8 +55,8 @@ struct Loader {
       }
     }
 #pragma unroll
-    for (int half = 0; half < L::kValueTiles; ++half) {
-      tma_load_4d(stage + L::value_offset(half), maps.v, full, (first_half + half) * 64, token, value_head, batch);
+    for (int half = 0; half < Stage::kValueTiles; ++half) {
+      tma_load_4d(stage + Stage::value_offset(half), maps.v, full, (first_half + half) * 64, token, value_head, batch);
     }
     cursor.advance(1);
   }
@@ -72,9 +74,11 @@ struct Loader {
   }
 
   // The scan leaves at the first of these; every transform warp meets one.
-  __device__ __forceinline__ void finish() {
+  __device__ __forceinline__ void finish(int flags = 0) {
     for (int i = 0; i < L::kTransformWarps; ++i) {
-      next_info()->left = kStop;
+      ChunkInfo* info = next_info();
+      info->left = kStop;
+      info->flags = flags;
       mbarrier_arrive(barriers.full(cursor.stage));
       cursor.advance(1);
     }

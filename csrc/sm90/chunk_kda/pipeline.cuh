@@ -14,11 +14,12 @@
 //
 //   Kd = k exp(G)     Ki = k exp(-G)     Kr = k exp(G_last - G)     Qd = q exp(G)     d = diag(exp(G_last))
 //   P  = lower(Qd Ki^T)
-//   AU = n_k^-1 (I + L)^-1 diag(beta) n_k^-1, with L the part below the diagonal of diag(beta) n_k^-1 Kd Ki^T n_k^-1
+//   c  = diag(beta) / n_k^2
+//   A  = (I + L)^-1, with L the part below the diagonal of c Kd Ki^T
 //
-// and the scans (chunk_kda_fwd/scan.cuh, chunk_kda_bwd/states.cuh) say what becomes of them. Normalisation costs
-// nothing an element: it is in AU and in one factor a token. For the backward pass AU = A diag(c), c = beta / n_k^2,
-// leaves as A and c: A has ones on its diagonal, which bf16 holds exactly, and c is multiplied in fp32.
+// and the scans (chunk_kda_fwd/scan.cuh and transition.cuh, chunk_kda_bwd/states.cuh) say what becomes of them.
+// Normalisation costs nothing an element: it is in c and in one factor a token. A has ones on its diagonal: it leaves
+// less I, which is added in fp32, as c is multiplied.
 #pragma once
 
 #include <cuda.h>
@@ -55,32 +56,28 @@ constexpr int kValueOffset = 8192;  // v, or the gradient of o: a tile for each 
 // Behind v: g, then Kr in its first two tiles. With 32 bits g has four tiles, of 32 channels.
 
 // Of the factors of a chunk that are not tiles.
-constexpr int kSolveOffset = 0;           // bf16 [2][32][8]: rows of AU or A, then of PA or P; scratch before that
+constexpr int kSolveOffset = 0;           // bf16 [2][32][8]: rows of A - I, then of PA or P; scratch before that
 constexpr int kDecayOffset = 1024;        // fp32 [128]: d, in the order a scan thread reads it
 constexpr int kValueScaleOffset = 1536;   // fp32 [16]
 constexpr int kOutputScaleOffset = 1600;  // fp32 [16]
-constexpr int kColumnScaleOffset = 1664;  // fp32 [16]: what is left to multiply columns with; c, lowered, of kStates
+constexpr int kColumnScaleOffset = 1664;  // fp32 [16]: c, lowered
 constexpr int kChunkInfoOffset = 1728;
 constexpr int kFactorBytes = 1792;
 
 constexpr int kSharedBytes = 232448;
 
 // kScans warpgroups scan, 64 rows each: both halves of a value head, or one of them where blocks outnumber heads.
-// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kHasQueries: or
-// both tiles of v lie where q would. kMapBytes: of the maps that states come through on their way into a segment,
-// 1024-byte aligned, with a pair of barriers a half.
-template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144, bool kHasQueries = true,
-          int kMapBytes = 0>
+// kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kMapBytes: of
+// the maps that states come through on their way into a segment, 1024-byte aligned, with a pair of barriers a half.
+template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144, int kMapBytes = 0>
 struct Layout {
   using G = Gate;
   static constexpr int kScans = kScanWarpgroups;
-  static constexpr bool kQueries = kHasQueries;
+  static constexpr bool kQueries = true;
   static constexpr bool kWideGate = sizeof(G) == 4;
-  static constexpr int kValueTiles = kQueries ? kScans : 2;
-  static constexpr int kGateOffset = kQueries ? kValueOffset + kScans * kTileBytes : kValueOffset;
-  __host__ __device__ static constexpr int value_offset(int tile) {
-    return kQueries ? kValueOffset + tile * kTileBytes : kQueryOffset + tile * 4096;
-  }
+  static constexpr int kValueTiles = kScans;
+  static constexpr int kGateOffset = kValueOffset + kScans * kTileBytes;
+  __host__ __device__ static constexpr int value_offset(int tile) { return kValueOffset + tile * kTileBytes; }
   static constexpr int kStageBytes = kGateOffset + (kWideGate ? 4 : 2) * kTileBytes;
   // All other warps but the loader's, with a stage for each.
   static constexpr int kOtherWarps = kThreads / 32 - 4 * kScans - 1;
@@ -143,6 +140,7 @@ constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; 
 constexpr int kReverse = 4;                // the run goes from its last chunk to its first
 constexpr int kContinues = 8;              // the run begins with the state that the one before it ended with
 constexpr int kPadding = 16;               // no chunks: o gets zeros, for `chunks` tokens from `token` on
+constexpr int kBehindTransition = 32;      // the run, or the end, of a prefill in a block that has found a map first
 
 // The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
 // chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.

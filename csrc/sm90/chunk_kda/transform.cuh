@@ -41,12 +41,11 @@ struct GateFunction {
 };
 
 // A warp's chunks, from the `warp`th in steps of as many as there are transform warps. Of kStates, the way forward
-// needs no q, and the way back leaves P where the others have PA; the inverse leaves as A, not AU. kTransition needs no
-// q, and v n_k in place of v.
+// needs no q, and the way back leaves P where the others have PA. kTransition needs no q, and v n_k in place of v;
+// where a prefill follows in the same block, it returns at the warp's first chunk of that.
 template <typename T, typename L, bool kBounded, Pass kPass>
 __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
-                          int warp) {
-  constexpr bool kUnitInverse = kPass == Pass::kStates;
+                          Cursor<L::kStages>& cursor) {
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
   const int pair = lane % 4 * 2;  // and pair + 1, + 8, + 9: its channels, or tokens where those are summed over
@@ -69,13 +68,15 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
   GateFunction gate(p);
   int bias_head = -1;
 
-  Cursor<L::kStages> cursor(warp);
   for (;; cursor.advance(L::kTransformWarps)) {
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
     const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
     const int left = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, left));
+    if constexpr (kPass == Pass::kTransition) {
+      if (load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) & kBehindTransition) return;
+    }
     if (left <= 0) {  // an empty sequence, or the end
       __syncwarp();
       mbarrier_arrive(barriers.ready(cursor.stage));
@@ -299,17 +300,10 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         stmatrix_x4(v_address, v_bits);
       }
     }
-    float column_norm[4];  // of tokens pair, pair + 1, pair + 8, pair + 9
+    float c[2];  // beta / n_k^2
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      column_norm[i] = kUnitInverse ? 1.f : __shfl_sync(0xffffffffu, k_inverse_norm[i / 2], 4 * (pair + i % 2));
-    }
-    float row_beta[2];  // of kStates over n_k
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      row_beta[i] = __shfl_sync(0xffffffffu, beta, row + 8 * i);
-      if constexpr (kUnitInverse) row_beta[i] *= k_inverse_norm[i];
-    }
+    for (int i = 0; i < 2; ++i)
+      c[i] = __shfl_sync(0xffffffffu, beta, row + 8 * i) * k_inverse_norm[i] * k_inverse_norm[i];
     if (lane % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -317,61 +311,46 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         const float value_scale = k_norm[i] * up_scale;
         store_shared(factors + kValueScaleOffset + token, value_scale);
         store_shared(factors + kOutputScaleOffset + token, q_inverse_norm[i] * down_scale * p.scale);
-        store_shared(factors + kColumnScaleOffset + token, row_beta[i] * k_inverse_norm[i] * down_scale);
+        store_shared(factors + kColumnScaleOffset + token, c[i] * down_scale);
       }
     }
 
-    // Both systems X (I + L) = R at once: lane t < 16 has row t of diag(1/n_k), lane 16 + t row t of P diag(1/n_k), and
-    // as X they hold rows of AU and PA but for the scale a column. In reverse the upper lanes keep theirs. Rows of P
-    // travel through the scratch first, then L stays there. Of kStates R has no norms, and the scan scales columns.
+    // Both systems X (I + L) = R at once: lane t < 16 has row t of I, lane 16 + t row t of P, lifted, and as X they
+    // hold rows of A and PA. In reverse the upper lanes keep theirs. Rows of P travel through the scratch first, then L
+    // stays there.
     const uint32_t scratch = factors + kSolveOffset;
     const bool keeps_rows = reverse && lane >= 16;
     const bool low0 = pair < row, low1 = pair + 1 < row;
     {
       const bool diagonal0 = pair <= row, diagonal1 = pair + 1 <= row;
-      float c[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[i] = column_norm[i] * up_scale;
       store_shared(scratch + row * 64 + pair * 4,
-                   make_float2(diagonal0 ? p_left[0] * c[0] : 0.f, diagonal1 ? p_left[1] * c[1] : 0.f));
+                   make_float2(diagonal0 ? p_left[0] * up_scale : 0.f, diagonal1 ? p_left[1] * up_scale : 0.f));
       store_shared(scratch + row * 64 + 32 + pair * 4, make_float2(0.f, 0.f));
-      store_shared(scratch + (row + 8) * 64 + pair * 4, make_float2(p_left[2] * c[0], p_left[3] * c[1]));
+      store_shared(scratch + (row + 8) * 64 + pair * 4, make_float2(p_left[2] * up_scale, p_left[3] * up_scale));
       store_shared(scratch + (row + 8) * 64 + 32 + pair * 4,
-                   make_float2(diagonal0 ? right[2] * c[2] : 0.f, diagonal1 ? right[3] * c[3] : 0.f));
+                   make_float2(diagonal0 ? right[2] * up_scale : 0.f, diagonal1 ? right[3] * up_scale : 0.f));
     }
     __syncwarp();
     float x[16];
     {
       uint32_t t = lane % 16;
-      float inverse_norm = 1.f;
-      if constexpr (kUnitInverse) {
-        keep(t);  // or rows of the identity are kept in registers from chunk to chunk
-      } else {
-        const float from_low = __shfl_sync(0xffffffffu, k_inverse_norm[0], t % 8 * 4);
-        const float from_high = __shfl_sync(0xffffffffu, k_inverse_norm[1], t % 8 * 4);
-        inverse_norm = t < 8 ? from_low : from_high;
-      }
+      keep(t);  // or rows of the identity are kept in registers from chunk to chunk
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float4 v = load_shared<float4>(scratch + t * 64 + i * 16);
         const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[4 * i + j] = lane >= 16 ? values[j] : (4 * i + j == t ? inverse_norm : 0.f);
+        for (int j = 0; j < 4; ++j) x[4 * i + j] = lane >= 16 ? values[j] : (4 * i + j == t ? 1.f : 0.f);
       }
     }
     __syncwarp();
     {
-      // Minus L, since Kd carries a minus.
-      float r[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) r[i] = row_beta[i] * k_inverse_norm[i];
-      store_shared(scratch + row * 64 + pair * 4, make_float2(low0 ? l_left[0] * r[0] * column_norm[0] : 0.f,
-                                                              low1 ? l_left[1] * r[0] * column_norm[1] : 0.f));
-      store_shared(scratch + (row + 8) * 64 + pair * 4,
-                   make_float2(l_left[2] * r[1] * column_norm[0], l_left[3] * r[1] * column_norm[1]));
-      store_shared(
-          scratch + (row + 8) * 64 + 32 + pair * 4,
-          make_float2(low0 ? right[0] * r[1] * column_norm[2] : 0.f, low1 ? right[1] * r[1] * column_norm[3] : 0.f));
+      // Minus c Kd Ki^T, since Kd carries a minus.
+      store_shared(scratch + row * 64 + pair * 4,
+                   make_float2(low0 ? l_left[0] * c[0] : 0.f, low1 ? l_left[1] * c[0] : 0.f));
+      store_shared(scratch + (row + 8) * 64 + pair * 4, make_float2(l_left[2] * c[1], l_left[3] * c[1]));
+      store_shared(scratch + (row + 8) * 64 + 32 + pair * 4,
+                   make_float2(low0 ? right[0] * c[1] : 0.f, low1 ? right[1] * c[1] : 0.f));
     }
     __syncwarp();
 #pragma unroll
@@ -387,15 +366,12 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         }
       }
     }
-    // Where rows of P were kept, they leave lifted, as Qd is: what both meet, dO', is lowered.
+    // A leaves less I, which the scan adds in fp32; rows of P and PA lifted, as Qd is: what they meet is lowered.
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] = i == lane ? 0.f : x[i];
     uint32_t packed[8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float4 v = make_float4(1.f, 1.f, 1.f, 1.f);
-      if constexpr (!kUnitInverse) v = load_shared<float4>(factors + kColumnScaleOffset + i * 16);
-      packed[2 * i] = pack_bf16(x[4 * i] * v.x, x[4 * i + 1] * v.y);
-      packed[2 * i + 1] = pack_bf16(x[4 * i + 2] * v.z, x[4 * i + 3] * v.w);
-    }
+    for (int i = 0; i < 8; ++i) packed[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
     __syncwarp();
     store_shared(scratch + lane * 16, make_uint4(packed[0], packed[1], packed[2], packed[3]));
     store_shared(scratch + 512 + lane * 16, make_uint4(packed[4], packed[5], packed[6], packed[7]));

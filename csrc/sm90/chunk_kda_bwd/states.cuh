@@ -307,8 +307,10 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         cute::warpgroup_wait<1>();
 
         pack(packed, e);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) d[i] = e[i];
         cute::warpgroup_arrive();
-        wgmma<Major::MN>(d, packed, system, ScaleOut::Zero);
+        wgmma<Major::MN>(d, packed, system);
         cute::warpgroup_commit_batch();
         const float2 c[2] = {load_shared<float2>(column_scale), load_shared<float2>(column_scale + 32)};
         cute::warpgroup_wait<0>();
@@ -368,12 +370,12 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          w[2 * i] = fmaf(v[2 * i], v_scale[i / 2].x, w[2 * i]);
-          w[2 * i + 1] = fmaf(v[2 * i + 1], v_scale[i / 2].y, w[2 * i + 1]);
+          u[2 * i] = fmaf(v[2 * i], v_scale[i / 2].x, w[2 * i]) * c[i / 2].x;
+          u[2 * i + 1] = fmaf(v[2 * i + 1], v_scale[i / 2].y, w[2 * i + 1]) * c[i / 2].y;
         }
-        pack_scaled(packed, w, c);
+        pack(packed, u);
         cute::warpgroup_arrive();
-        wgmma<Major::K>(u, packed, system, ScaleOut::Zero);
+        wgmma<Major::K>(u, packed, system);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
 
@@ -432,7 +434,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
     const int role = warp - 4 * kScans;
     if (role < L::kTransformWarps) {
-      transform<T, L, kBounded, Pass::kStates>(arguments.p, block.shared, block.bias(role), block.barriers, role);
+      Cursor<L::kStages> cursor(role);
+      transform<T, L, kBounded, Pass::kStates>(arguments.p, block.shared, block.bias(role), block.barriers, cursor);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
       load_states<L>(arguments, block.shared, block.infos(), block.barriers);
     }

@@ -24,18 +24,19 @@ constexpr int kOffsetBytes = 4 * kHeadDim * kHeadDim;
 // The workspace of a call in segments. Indices of heads run over [sequences][value_heads], those of segments over all
 // but the last.
 struct SegmentLayout {
-  size_t maps = 0;       // [heads][segments - 1][kMapBytes]
-  size_t offsets = 0;    // [heads][segments - 1][kOffsetBytes]
-  size_t forgotten = 0;  // int32 [heads][segments - 1][2]: whether these rows of R^T are zero
+  size_t maps = 0;     // [heads][segments - 1][kMapBytes]
+  size_t offsets = 0;  // [heads][segments - 1][kOffsetBytes]
+  size_t status = 0;   // int32 [heads][segments - 1][2]: of halves of the rows of R^T and B^T
   size_t bytes = 0;
 };
+constexpr int kMapPending = 0, kMapStored = 1, kMapForgotten = 2;  // forgotten: these rows of R^T are zero
 
 inline SegmentLayout segment_layout(int64_t heads, int segments) {
   SegmentLayout layout;
   const size_t maps = size_t(heads) * size_t(segments - 1);
   layout.offsets = layout.maps + maps * kMapBytes;
-  layout.forgotten = layout.offsets + maps * kOffsetBytes;
-  layout.bytes = layout.forgotten + maps * 2 * sizeof(int32_t);
+  layout.status = layout.offsets + maps * kOffsetBytes;
+  layout.bytes = layout.status + maps * 2 * sizeof(int32_t);
   return layout;
 }
 
@@ -45,7 +46,7 @@ struct SegmentArguments {
   // As SegmentLayout has them.
   char* maps;
   char* offsets;
-  int* forgotten;
+  int* status;
 };
 
 // Where a state of a pool is to be left on the way: behind so many tokens of its sequence, in that row.
@@ -60,7 +61,7 @@ struct Plan {
   int segments;        // of each sequence
   int segment_chunks;  // chunks of a segment; the last one may have fewer
   int grid;
-  int transition_grid;  // 0 where there is one segment
+  int transition_grid;  // 0 where there is one segment, or blocks find the maps of their own ones
   // For states in a pool, in the workspace: the checkpoints of each sequence in order, or, of calls in segments, copies
   // of the initial states.
   size_t pool_offset;
@@ -71,8 +72,8 @@ struct Plan {
 constexpr int64_t kScanNs[3] = {0, 735, 1050};  // of a chunk, by `scans`
 constexpr int64_t kTransitionNs = 750;          // of a chunk
 constexpr int64_t kMapNs = 1900;                // of taking a state through one segment
-constexpr int64_t kTogetherNs = 5000;           // of transitions that run beside the first chunks of the prefill
-constexpr int64_t kAheadNs = 12000;             // of transitions that run ahead of it
+constexpr int64_t kTogetherNs = 5000;           // of transitions in the blocks of the prefill
+constexpr int64_t kAheadNs = 12000;             // of transitions in a grid ahead of it
 constexpr int64_t kRoundNs = 12000;             // of each further item of a block of theirs
 
 // With one_segment, how a sequence is computed depends on nothing but itself.
@@ -99,8 +100,8 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
       const int64_t slow = transition_rounds * segment_chunks * kTransitionNs + (segments - 1) * kMapNs;
       for (int scans = 1; scans <= 2; ++scans) {
         const int64_t blocks = (3 - scans) * heads * segments;
-        const int64_t before =
-            transitions + blocks <= sm_count ? kTogetherNs : kAheadNs + (transition_rounds - 1) * kRoundNs;
+        if (scans == 1 && blocks > sm_count) continue;
+        const int64_t before = scans == 1 ? kTogetherNs : kAheadNs + (transition_rounds - 1) * kRoundNs;
         const int64_t ns = 2 * (rounds(blocks) * segment_chunks * kScanNs[scans] + before) + slow;
         if (ns >= best) continue;
         best = ns;
@@ -116,7 +117,7 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   plan.grid = has_cu_seqlens || blocks > sm_count ? sm_count : int(blocks);
   if (plan.segments > 1) {
     const int64_t transitions = 2 * heads * (plan.segments - 1);
-    plan.transition_grid = int(transitions < sm_count ? transitions : sm_count);
+    if (plan.scans == 2) plan.transition_grid = int(transitions < sm_count ? transitions : sm_count);
     plan.workspace_bytes = segment_layout(heads, plan.segments).bytes;
   }
   if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;

@@ -66,13 +66,24 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
       state[j / 32][j % 32] = offset[(j / 4 * 8 + pair + j % 2) * kHeadDim + column + lane / 4 + j / 2 % 2 * 8];
     }
   };
-  // The last segment on the way that forgets what enters it: a lane asks for each.
-  static_assert(kMaxSegments <= 32);
-  int2 forgets = make_int2(0, 0);
-  if (lane < segment) forgets = reinterpret_cast<const int2*>(from.forgotten)[first + lane];
-  load_offset(segment - 1);  // with fast gates that is all
-  const int last = 31 - __clz(int(__ballot_sync(0xffffffffu, forgets.x && forgets.y)));
-  if (last == segment - 1) return;
+  // The last segment on the way that forgets what enters it. With fast gates that is the one before.
+  const auto wait_for = [&](int i) {
+    int* status = from.status + 2 * (first + i);
+    int2 found;
+    while (true) {
+      found = make_int2(load_acquire(status), load_acquire(status + 1));
+      if (found.x != kMapPending && found.y != kMapPending) break;
+      __nanosleep(20);
+    }
+    return found.x == kMapForgotten && found.y == kMapForgotten;
+  };
+  int last = segment - 1;
+  while (last >= 0 && !wait_for(last)) --last;
+  if (last == segment - 1) {
+    load_offset(last);
+    return;
+  }
+  fence_global_async();
 
   int i = max(last, 0);
   if (last < 0 && p.initial_state) {

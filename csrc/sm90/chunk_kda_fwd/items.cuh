@@ -8,6 +8,7 @@
 #include "sm90/chunk_kda/loader.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda_fwd/transition.cuh"
 
 namespace flashkda::chunk_kda_fwd {
 
@@ -32,6 +33,7 @@ struct Item {
   int flags;
 };
 
+// Earlier segments first: a block may wait for those of lower indices.
 template <int kScans, bool kSegments>
 __device__ __forceinline__ Item read_item(const Arguments& arguments, int index) {
   const ChunkKdaFwdParams& p = arguments.p;
@@ -41,8 +43,9 @@ __device__ __forceinline__ Item read_item(const Arguments& arguments, int index)
   index /= kHalves;
   item.segment = 0;
   if constexpr (kSegments) {
-    item.segment = index % arguments.segmented.segments;
-    index /= arguments.segmented.segments;
+    const int heads = p.sequences * p.value_heads;
+    item.segment = index / heads;
+    index -= item.segment * heads;
   }
   const int rank = index / p.value_heads;
   item.value_head = index - rank * p.value_heads;
@@ -118,17 +121,28 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
   Loader<L> loader{shared, infos, barriers};
   const Maps maps{&arguments.q, &arguments.k, &arguments.v, &arguments.g};
 
+  // Blocks of halves find the maps of their own segments first.
+  constexpr bool kTransitionFirst = kSegments && L::kScans == 1;
   if constexpr (!kSegments) cudaGridDependencySynchronize();  // the plan
   // Sequences of a dense batch are equally long, so dealing them round is as good as tickets.
   for (int index = blockIdx.x, next; index < items; index = next) {
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
     Item item = read_item<L::kScans, kSegments>(arguments, index);
     const int head = item.value_head / group;
+    if constexpr (kTransitionFirst) {
+      if (!(item.flags & kToEnd)) {
+        const Maps without_queries{nullptr, &arguments.k, &arguments.v, &arguments.g};
+        const TransitionItem transition{item.part,       item.segment, item.batch, item.sequence,
+                                        item.value_head, item.begin,   item.length};
+        load_transition(loader, without_queries, Verdict{shared + L::kOutput}, transition, head, 0);
+      }
+      item.flags |= kBehindTransition;
+    }
     StatePlaces states = {};
     int flags = item.flags, padding = 0;
     const int64_t row = p.pool.states ? pool_row(p.pool, item.sequence) : 0;
     if (row < 0) {
-      flags = kPadding | kFromStart;
+      flags = kPadding | kFromStart | (item.flags & kBehindTransition);
       padding = item.length;
       item.length = 0;
     } else {
@@ -171,7 +185,7 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
       --checkpoints;
     } while (!is_last);
   }
-  loader.finish();
+  loader.finish(kTransitionFirst ? kBehindTransition : 0);
 }
 
 }  // namespace flashkda::chunk_kda_fwd

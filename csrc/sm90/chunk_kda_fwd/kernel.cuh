@@ -19,19 +19,29 @@
 
 namespace flashkda::chunk_kda_fwd {
 
-// One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.
-template <typename G, int kScans, bool kSegments>
-using PrefillLayout = Layout<G, kScans, kOutputBytes, kSegments ? 152 : 144, true, kSegments ? kMapBytes : 0>;
+// In segments, blocks of halves find the maps of their own segments before they need those of the others.
+template <int kScans, bool kSegments>
+constexpr bool kTransitionFirst = kSegments && kScans == 1;
 
+template <typename G, int kScans, bool kSegments>
+using PrefillLayout = Layout<G, kScans, kOutputBytes,
+                             kTransitionFirst<kScans, kSegments> ? 208
+                             : kSegments                         ? 152
+                                                                 : 144,
+                             kSegments ? kMapBytes : 0>;
+
+// One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.
 template <typename T, typename G, bool kBounded, int kScans, bool kSegments>
 __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid_constant__ Arguments arguments) {
   using L = PrefillLayout<G, kScans, kSegments>;
+  constexpr bool kFirst = kTransitionFirst<kScans, kSegments>;
   extern __shared__ uint8_t unaligned[];
   const Block<L> block(unaligned, 4 * kScans * 32);
   if constexpr (kSegments) {
     if (threadIdx.x == 0) {
       MapRing(block.shared + L::kMaps, block.shared + L::kMapBarriers).init(4 * kScans * 32);
       cutlass::arch::fence_barrier_init();
+      if constexpr (kFirst) *Verdict{block.shared + L::kOutput}.word() = 0;
     }
     __syncthreads();
   }
@@ -39,12 +49,20 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
   const int warp = threadIdx.x / 32;
   if (warp < 4 * kScans) {
     cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
-    scan<T, L, kSegments>(arguments, block.shared, block.barriers);
+    Cursor<L::kStages> cursor(0);
+    if constexpr (kFirst) scan_transitions<L, true, true>(arguments, block.shared, block.barriers, cursor);
+    scan<T, L, kSegments>(arguments, block.shared, block.barriers, cursor);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
     const int role = warp - 4 * kScans;
     if (role < L::kTransformWarps) {
-      transform<T, L, kBounded, Pass::kPrefill>(arguments.p, block.shared, block.bias(role), block.barriers, role);
+      const uint32_t bias = block.bias(role);
+      Cursor<L::kStages> cursor(role);
+      if constexpr (kFirst) {
+        transform<T, TransitionStage<L>, kBounded, Pass::kTransition>(arguments.p, block.shared, bias, block.barriers,
+                                                                      cursor);
+      }
+      transform<T, L, kBounded, Pass::kPrefill>(arguments.p, block.shared, bias, block.barriers, cursor);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
       load<L, kSegments>(arguments, block.shared, block.infos(), block.barriers);
     }
@@ -53,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
 
 // Of whole sequences, or ahead of a prefill in segments.
 template <typename G>
-using TransitionLayout = Layout<G, 1, Verdict::kBytes / 4, 208, false>;
+using TransitionLayout = Layout<G, 1, Verdict::kBytes / 4, 208>;
 
 template <typename T, typename G, bool kBounded, bool kSegments>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -68,12 +86,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = threadIdx.x / 32;
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
-    scan_transitions<L, kSegments>(arguments, block.shared, block.barriers);
+    Cursor<L::kStages> cursor(0);
+    scan_transitions<L, kSegments, false>(arguments, block.shared, block.barriers, cursor);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
     const int role = warp - 4;
     if (role < L::kTransformWarps) {
-      transform<T, L, kBounded, Pass::kTransition>(arguments.p, block.shared, block.bias(role), block.barriers, role);
+      Cursor<L::kStages> cursor(role);
+      transform<T, TransitionStage<L>, kBounded, Pass::kTransition>(arguments.p, block.shared, block.bias(role),
+                                                                    block.barriers, cursor);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
       load_transitions<L, kSegments>(arguments, block.shared, block.infos(), block.barriers);
     }
@@ -88,6 +109,12 @@ cudaError_t launch_transitions(const ChunkKdaTransitionParams& p, int grid, cuda
   const bool overlap = p.cu_seqlens;  // with the plan
   return launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, false>>(
       arguments, grid, TransitionLayout<G>::kBytes, overlap, stream);
+}
+
+// The first block that comes by may read them: the rest of the launch need not wait.
+inline __global__ void clear_status_kernel(int* status, int words) {
+  cudaTriggerProgrammaticLaunchCompletion();
+  for (int i = threadIdx.x; i < words; i += blockDim.x) status[i] = kMapPending;
 }
 
 template <typename T, typename G, bool kBounded, int kScans>
@@ -109,12 +136,18 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   char* workspace = static_cast<char*>(p.workspace);
   segmented.maps = workspace + layout.maps;
   segmented.offsets = workspace + layout.offsets;
-  segmented.forgotten = reinterpret_cast<int*>(workspace + layout.forgotten);
-  TransitionArguments ahead = {arguments.q, arguments.k, arguments.v, arguments.g};
-  static_cast<ChunkKdaParams&>(ahead.p) = p;
-  ahead.segmented = segmented;
-  const cudaError_t error = launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, true>>(
-      ahead, plan.transition_grid, TransitionLayout<G>::kBytes, false, stream);
+  segmented.status = reinterpret_cast<int*>(workspace + layout.status);
+  cudaError_t error;
+  if constexpr (kTransitionFirst<kScans, true>) {
+    clear_status_kernel<<<1, 128, 0, stream>>>(segmented.status, int((layout.bytes - layout.status) / sizeof(int)));
+    error = cudaGetLastError();
+  } else {
+    TransitionArguments ahead = {arguments.q, arguments.k, arguments.v, arguments.g};
+    static_cast<ChunkKdaParams&>(ahead.p) = p;
+    ahead.segmented = segmented;
+    error = launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, true>>(
+        ahead, plan.transition_grid, TransitionLayout<G>::kBytes, false, stream);
+  }
   if (error != cudaSuccess) return error;
   return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, true>>(
       arguments, plan.grid, PrefillLayout<G, kScans, true>::kBytes, true, stream);

@@ -1,8 +1,8 @@
 // Carries the states through the chunks, and writes o:
 //
-//   W  = V n_k - Kd S^T
-//   U  = AU W
-//   O  = (Qd S^T + PA W) scale / n_q     PA = P AU
+//   W  = c (V n_k - Kd S^T)
+//   U  = A W
+//   O  = (Qd S^T + PA W) scale / n_q
 //   S' = S d + U^T Kr
 //
 // with the factors as chunk_kda/pipeline.cuh has them. Everything is transposed.
@@ -43,7 +43,8 @@ __device__ __forceinline__ void clear_o(const ChunkKdaFwdParams& p, uint4 where,
 }
 
 template <typename T, typename L, bool kSegments>
-__device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers) {
+__device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers,
+                                     Cursor<L::kStages>& cursor) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
   const ChunkKdaFwdParams& p = arguments.p;
@@ -64,22 +65,19 @@ __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barri
   uint32_t pair_factors = shared + L::kFactors + pair * 4;
   uint32_t pair_decays = shared + L::kFactors + kDecayOffset + lane % 4 * 16;
   uint32_t o_token = lane / 2;
-  uint32_t zero = 0;
   keep(v_matrix);
   keep(o_matrix);
   keep(o_row);
   keep(pair_factors);
   keep(pair_decays);
   keep(o_token);
-  keep(zero);
   const int64_t o_chunk = int64_t(kChunk) * p.value_heads * kHeadDim;
 
   [[maybe_unused]] MapRing ring(shared + L::kMaps, shared + L::kMapBarriers);
   float state[2][32];  // of K, halves
   uint32_t copy[32];
-  Cursor<L::kStages> cursor(0);
   if constexpr (kSegments) cudaGridDependencySynchronize();  // the transitions
-  mbarrier_wait(barriers.ready(0), 0);
+  mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared<uint4>(info);
@@ -151,19 +149,20 @@ __device__ void scan(const Arguments& arguments, uint32_t shared, Barriers barri
         ldmatrix_x4_trans(v_bits, v_address);
         const float2 v_scale[2] = {load_shared<float2>(factors + kValueScaleOffset),
                                    load_shared<float2>(factors + kValueScaleOffset + 32)};
+        const float2 c[2] = {load_shared<float2>(factors + kColumnScaleOffset),
+                             load_shared<float2>(factors + kColumnScaleOffset + 32)};
         float v[8];
         unpack(v, v_bits, T{});
         cute::warpgroup_wait<0>();
 
+        // U and the rest of O begin with W and with Qd S^T.
         uint32_t w[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          w[i] = pack_bf16(fmaf(v[2 * i], v_scale[i / 2].x, both[2 * i]),
-                           fmaf(v[2 * i + 1], v_scale[i / 2].y, both[2 * i + 1]));
+          both[2 * i] = fmaf(v[2 * i], v_scale[i / 2].x, both[2 * i]) * c[i / 2].x;
+          both[2 * i + 1] = fmaf(v[2 * i + 1], v_scale[i / 2].y, both[2 * i + 1]) * c[i / 2].y;
+          w[i] = pack_bf16(both[2 * i], both[2 * i + 1]);
         }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) both[i] = __uint_as_float(zero);
-        // U and the rest of O.
         cute::warpgroup_arrive();
         wgmma<Major::K>(both, w, k_major_plain(solve, 32));
         cute::warpgroup_commit_batch();

@@ -2,7 +2,7 @@
 // the transitions of its chunks, from the last to the first, beginning with R = I and B = 0:
 //
 //   E  = Kr R
-//   D  = AU^T E
+//   D  = c A^T E
 //   B += (V n_k)^T D
 //   R <- M R = d R - Kd^T D
 //
@@ -86,61 +86,77 @@ struct Verdict {
   __device__ uint32_t sums(int turn) const { return address + 16 + turn * 16; }
 };
 
+// v lies where q would: a transition needs none.
+template <typename L>
+struct TransitionStage : L {
+  static constexpr bool kQueries = false;
+  static constexpr int kValueTiles = 2;
+  __host__ __device__ static constexpr int value_offset(int tile) { return kQueryOffset + tile * 4096; }
+};
+
+// An item's chunks, from the last to the first. `count`: of the block's items before it.
+template <typename L>
+__device__ __forceinline__ void load_transition(Loader<L>& loader, const Maps& maps, Verdict verdict,
+                                                const TransitionItem& item, int head, int count) {
+  const int chunks = (item.length + kChunk - 1) / kChunk;
+  for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
+    if (chunk >= kTrialChunks) {
+      int said;
+      while ((said = atomicOr(verdict.word(), 0)) <= 2 * count) __nanosleep(50);
+      if (said == 2 * count + 2) break;
+    }
+    ChunkInfo* info = loader.next_info();
+    const int done = (chunks - 1 - chunk) * kChunk;
+    const int token = item.begin + done;
+    info->token = token;
+    info->batch = item.batch;
+    info->value_head = item.value_head;
+    info->sequence = item.sequence;
+    info->left = chunks > 0 ? item.length - done : 0;
+    info->part = item.part;
+    info->segment = item.segment;
+    info->flags = 0;
+    info->chunks = chunks;
+    info->item = count;
+    if (chunks > 0) {
+      loader.template load<TransitionStage<L>>(maps, item.batch, token, head, item.value_head, 0);
+    } else {
+      loader.skip();
+    }
+  }
+}
+
 template <typename L, bool kSegments>
 __device__ void load_transitions(const TransitionArguments& arguments, uint32_t shared, ChunkInfo* infos,
                                  Barriers barriers) {
   const ChunkKdaParams& p = arguments.p;
   const int items = 2 * p.sequences * p.value_heads * (kSegments ? arguments.segmented.segments - 1 : 1);
-  const int group = p.value_heads / p.heads;
   int* ticket = static_cast<int*>(p.workspace);
   Loader<L> loader{shared, infos, barriers};
   const Maps maps{nullptr, &arguments.k, &arguments.v, &arguments.g};
-  const Verdict verdict{shared + L::kOutput};
 
   if constexpr (!kSegments) cudaGridDependencySynchronize();  // the plan
   int count = 0;
   for (int index = blockIdx.x, next; index < items; index = next, ++count) {
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
     const TransitionItem item = read_transition<kSegments>(arguments, index);
-    const int chunks = (item.length + kChunk - 1) / kChunk;
-    for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
-      if (chunk >= kTrialChunks) {
-        int said;
-        while ((said = atomicOr(verdict.word(), 0)) <= 2 * count) __nanosleep(50);
-        if (said == 2 * count + 2) break;
-      }
-      ChunkInfo* info = loader.next_info();
-      const int done = (chunks - 1 - chunk) * kChunk;
-      const int token = item.begin + done;
-      info->token = token;
-      info->batch = item.batch;
-      info->value_head = item.value_head;
-      info->sequence = item.sequence;
-      info->left = chunks > 0 ? item.length - done : 0;
-      info->part = item.part;
-      info->segment = item.segment;
-      info->flags = 0;
-      info->chunks = chunks;
-      info->item = count;
-      if (chunks > 0) {
-        loader.load(maps, item.batch, token, item.value_head / group, item.value_head, 0);
-      } else {
-        loader.skip();
-      }
-    }
+    load_transition(loader, maps, Verdict{shared + L::kOutput}, item, item.value_head / (p.value_heads / p.heads),
+                    count);
   }
   loader.finish();
 }
 
-template <typename L, bool kSegments>
-__device__ void scan_transitions(const TransitionArguments& arguments, uint32_t shared, Barriers barriers) {
+// Of all items of the block; with kPublish up to its prefill, which reads maps of other blocks of the grid.
+template <typename L, bool kSegments, bool kPublish, typename SomeArguments>
+__device__ __forceinline__ void scan_transitions(const SomeArguments& arguments, uint32_t shared, Barriers barriers,
+                                                 Cursor<L::kStages>& cursor) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
   // What is left of a state 2^-24 times as large as before is below its fp32 rounding.
   constexpr float kForgottenSquares = 3.5527136788005009e-15f;  // 2^-48
   // Squares that a few chunks of the same kind would not bring down to that.
   constexpr float kHopelessSquares = 2.44140625e-4f;  // 2^-12
-  const ChunkKdaTransitionParams& p = arguments.p;
+  const auto& p = arguments.p;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int pair = lane % 4 * 2;
@@ -151,13 +167,12 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
 
   float map[2][32], offset[2][32];  // R^T, halves of its columns; B^T, halves of V
   uint32_t copy[32];
-  Cursor<L::kStages> cursor(0);
-  mbarrier_wait(barriers.ready(0), 0);
+  mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared<uint4>(info);
     const uint4 what = load_shared<uint4>(info + offsetof(ChunkInfo, left));
-    if (int(what.x) == kStop) break;
+    if (int(what.x) == kStop || (kPublish && what.w & kBehindTransition)) break;
     const int chunks = load_shared<int>(info + offsetof(ChunkInfo, chunks));
     const int item = load_shared<int>(info + offsetof(ChunkInfo, item));
     const int row = int(what.y) * 64 + warp * 16 + lane / 4;  // and row + 8
@@ -183,17 +198,19 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
     uint32_t packed[4] = {};
     uint32_t stage = cursor.stage;
     const auto values_at = [&](uint32_t stage) {
-      return swizzled_128b(shared + stage * L::kStageBytes + L::value_offset(0));
+      return swizzled_128b(shared + stage * L::kStageBytes + TransitionStage<L>::value_offset(0));
     };
     const auto add_offset = [&](cute::GmmaDescriptor values) {
       wgmma<Major::MN>(offset[0], packed, values);
-      wgmma<Major::MN>(offset[1], packed, moved(values, L::value_offset(1) - L::value_offset(0)));
+      wgmma<Major::MN>(offset[1], packed,
+                       moved(values, TransitionStage<L>::value_offset(1) - TransitionStage<L>::value_offset(0)));
       cute::warpgroup_commit_batch();
     };
     while (chunks > 0) {
       const cute::GmmaDescriptor tiles = swizzled_128b(shared + cursor.stage * L::kStageBytes);
       const cute::GmmaDescriptor system =
           mn_major_plain(shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset, 32);
+      const uint32_t column_scale = shared + L::kFactors + cursor.stage * kFactorBytes + kColumnScaleOffset + pair * 4;
       float e[8], d[8];
       cute::warpgroup_arrive();
 #pragma unroll
@@ -208,16 +225,19 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
       uint32_t packed_e[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) packed_e[i] = pack_bf16(e[2 * i], e[2 * i + 1]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) d[i] = e[i];
       cute::warpgroup_arrive();
-      wgmma<Major::MN>(d, packed_e, system, ScaleOut::Zero);
+      wgmma<Major::MN>(d, packed_e, system);
       cute::warpgroup_commit_batch();
+      const float2 c[2] = {load_shared<float2>(column_scale), load_shared<float2>(column_scale + 32)};
       cute::warpgroup_wait<0>();
       if (done > 0) mbarrier_arrive(barriers.empty(stage));
       stage = cursor.stage;
       cursor.advance(1);
 
 #pragma unroll
-      for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(d[2 * i], d[2 * i + 1]);
+      for (int i = 0; i < 4; ++i) packed[i] = pack_bf16(d[2 * i] * c[i / 2].x, d[2 * i + 1] * c[i / 2].y);
       cute::warpgroup_arrive();
       wgmma<Major::MN>(map[0], packed, moved(tiles, kKeyOffset));
       cute::warpgroup_commit_batch();
@@ -280,7 +300,6 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
       const int64_t index = head * (to.segments - 1) + int(what.z);
       float* const offsets = reinterpret_cast<float*>(to.offsets + index * kOffsetBytes);
       store_state(offset, offsets + first_element(true, row, pair), true);
-      if (threadIdx.x == 0) to.forgotten[index * 2 + what.y] = forgotten;
       // Zeros, too: the other half of the rows may not forget.
       char* rows = to.maps + index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
 #pragma unroll
@@ -292,6 +311,14 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
           *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) = pack_fp16(r[0], r[1]);
         }
       }
+      const int status = forgotten ? kMapForgotten : kMapStored;
+      if constexpr (kPublish) {
+        // For other blocks' loads and copy engines.
+        fence_global_async();
+        cutlass::arch::NamedBarrier::sync(128, 0);
+        cudaGridDependencySynchronize();  // the words are cleared
+      }
+      if (threadIdx.x == 0) store_release(&to.status[index * 2 + what.y], status);
     } else {
       const int64_t first = head * (kHeadDim * kHeadDim) + first_element(!p.state_v_first, row, pair);
       store_state(map, p.map + first, !p.state_v_first);
@@ -305,6 +332,7 @@ __device__ void scan_transitions(const TransitionArguments& arguments, uint32_t 
       if (load_shared<int>(next + offsetof(ChunkInfo, left)) == kStop ||
           load_shared<int>(next + offsetof(ChunkInfo, item)) != item)
         break;
+      if (kPublish && load_shared<int>(next + offsetof(ChunkInfo, flags)) & kBehindTransition) break;
       mbarrier_arrive(barriers.empty(cursor.stage));
       cursor.advance(1);
     }
