@@ -191,6 +191,16 @@ def test_some_channels_of_a_head_may_forget_alone(slow: slice) -> None:
         assert error(actual, exact) < 1.15 * error(whole, exact) + 1e-5
 
 
+def test_gates_of_any_speed_enter_segments() -> None:
+    """Among them such as forget within the first chunks of a segment, but not in the very first."""
+    call = kernel_call(1100, H=12, HV=12, gate="precomputed")
+    call["g"][:] = -torch.logspace(-3, 0.7, 12, device="cuda").view(1, 1, 12, 1)
+    expected = reference(call)
+    one = run(call | {"batch_invariant": True})
+    for actual, whole, exact in zip(run(call), one, expected, strict=True):
+        assert error(actual, exact) < 1.15 * error(whole, exact) + 1e-5
+
+
 def test_captured_calls_replay_with_any_sequences_interleaved() -> None:
     generator = torch.Generator().manual_seed(0)
     captured = []

@@ -256,8 +256,9 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       cute::warpgroup_wait<0>();
       copy_and_decay(map, copy, 1, decays);
 
-      // Behind the first chunks, then now and then. From the copy, since accumulators are out of bounds in here.
-      if (done <= kTrialChunks || done % kChunksBetweenTrials == 0) {
+      // Behind the first chunks, then now and then. From the copy, since accumulators are out of bounds in here, so with
+      // the next chunk's decays: behind the last chunk that is there without a verdict it would be too late.
+      if (done < kTrialChunks || done % kChunksBetweenTrials == 0) {
         float squares = 0.f;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -274,7 +275,7 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
         turn ^= 1;
         squares = all.x + all.y + all.z + all.w;
         forgotten = squares <= kForgottenSquares;
-        if (forgotten || (undecided && (done == kTrialChunks || squares > kHopelessSquares))) {
+        if (forgotten || (undecided && (done == kTrialChunks - 1 || squares > kHopelessSquares))) {
           undecided = false;
           if (threadIdx.x == 0) atomicExch(verdict.word(), 2 * item + (forgotten ? 2 : 1));
         }
