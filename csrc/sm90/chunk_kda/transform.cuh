@@ -41,10 +41,11 @@ struct GateFunction {
 };
 
 // A warp's chunks, from the `warp`th in steps of as many as there are transform warps. Of kStates, the way forward
-// needs no q, and the way back leaves P where the others have PA. kTransition needs no q, and v n_k in place of v;
-// where a prefill follows in the same block, it returns at the warp's first chunk of that.
-template <typename T, typename L, bool kBounded, Pass kPass>
-__device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
+// needs no q, and the way back leaves P where the others have PA. kTransition needs no q, and v n_k in place of v.
+// kAlternates: a block has chunks of a transition and of a prefill. Returns where the warp's next one is of the other
+// kind, and at the end of work; which of the two.
+template <typename T, typename L, bool kBounded, Pass kPass, bool kAlternates = false>
+__device__ bool transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
                           Cursor<L::kStages>& cursor) {
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
@@ -74,13 +75,14 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
     const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
     const int left = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, left));
-    if constexpr (kPass == Pass::kTransition) {
-      if (load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) & kBehindTransition) return;
+    if constexpr (kAlternates) {
+      const int flags = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags));
+      if ((kPass == Pass::kTransition) == bool(flags & kBehindTransition)) return false;
     }
     if (left <= 0) {  // an empty sequence, or the end
       __syncwarp();
       mbarrier_arrive(barriers.ready(cursor.stage));
-      if (left == kStop) return;
+      if (left == kStop) return true;
       continue;
     }
     const bool reverse =

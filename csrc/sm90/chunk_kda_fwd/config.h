@@ -56,12 +56,17 @@ struct Checkpoint {
 };
 constexpr int kNoCheckpoint = INT32_MAX;  // tokens; behind those of a sequence that are left
 
+// Whether sequences are cut in segments, and where their maps are found: by a grid ahead of the prefill's, or, where
+// blocks take halves of heads, by the blocks that take the same segments in the prefill.
+enum class Cut { kWhole, kMapsAhead, kMapsFirst };
+
 struct Plan {
   int scans;           // halves of a value head's V that a block takes
   int segments;        // of each sequence
   int segment_chunks;  // chunks of a segment; the last one may have fewer
   int grid;
-  int transition_grid;  // 0 where there is one segment, or blocks find the maps of their own ones
+  Cut cut;
+  int transition_grid;  // with kMapsAhead
   // For states in a pool, in the workspace: the checkpoints of each sequence in order, or, of calls in segments, copies
   // of the initial states.
   size_t pool_offset;
@@ -72,8 +77,9 @@ struct Plan {
 constexpr int64_t kScanNs[3] = {0, 735, 1050};  // of a chunk, by `scans`
 constexpr int64_t kTransitionNs = 750;          // of a chunk
 constexpr int64_t kMapNs = 1900;                // of taking a state through one segment
-constexpr int64_t kTogetherNs = 5000;           // of transitions in the blocks of the prefill
-constexpr int64_t kAheadNs = 12000;             // of transitions in a grid ahead of it
+constexpr int64_t kTogetherNs = 5000;           // of transitions in a grid ahead that runs beside the prefill's
+constexpr int64_t kFirstNs = 9500;              // of transitions in the blocks of the prefill
+constexpr int64_t kAheadNs = 12000;             // of transitions in a grid ahead that does not
 constexpr int64_t kRoundNs = 12000;             // of each further item of a block of theirs
 
 // With one_segment, how a sequence is computed depends on nothing but itself.
@@ -84,6 +90,7 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   Plan plan = {};
   // Half a head is a shorter step, at the price of transforming every chunk twice: for heads that leave blocks idle.
   plan.scans = 2 * heads <= sm_count ? 1 : 2;
+  plan.cut = Cut::kWhole;
   plan.segments = 1;
   plan.segment_chunks = int(chunks);
 
@@ -100,12 +107,17 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
       const int64_t slow = transition_rounds * segment_chunks * kTransitionNs + (segments - 1) * kMapNs;
       for (int scans = 1; scans <= 2; ++scans) {
         const int64_t blocks = (3 - scans) * heads * segments;
-        if (scans == 1 && blocks > sm_count) continue;
-        const int64_t before = scans == 1 ? kTogetherNs : kAheadNs + (transition_rounds - 1) * kRoundNs;
+        const bool together = transitions + blocks <= sm_count;
+        const bool first = scans == 1 && !together;
+        if (first && blocks > sm_count) continue;  // blocks wait for each other
+        const int64_t before = together ? kTogetherNs
+                               : first  ? kFirstNs
+                                        : kAheadNs + (transition_rounds - 1) * kRoundNs;
         const int64_t ns = 2 * (rounds(blocks) * segment_chunks * kScanNs[scans] + before) + slow;
         if (ns >= best) continue;
         best = ns;
         plan.scans = scans;
+        plan.cut = first ? Cut::kMapsFirst : Cut::kMapsAhead;
         plan.segments = int(segments);
         plan.segment_chunks = int(segment_chunks);
       }
@@ -117,7 +129,7 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   plan.grid = has_cu_seqlens || blocks > sm_count ? sm_count : int(blocks);
   if (plan.segments > 1) {
     const int64_t transitions = 2 * heads * (plan.segments - 1);
-    if (plan.scans == 2) plan.transition_grid = int(transitions < sm_count ? transitions : sm_count);
+    if (plan.cut == Cut::kMapsAhead) plan.transition_grid = int(transitions < sm_count ? transitions : sm_count);
     plan.workspace_bytes = segment_layout(heads, plan.segments).bytes;
   }
   if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;

@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <type_traits>
+
 #include "common/hopper.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/tensor_map.h"
@@ -19,29 +21,25 @@
 
 namespace flashkda::chunk_kda_fwd {
 
-// In segments, blocks of halves find the maps of their own segments before they need those of the others.
-template <int kScans, bool kSegments>
-constexpr bool kTransitionFirst = kSegments && kScans == 1;
-
-template <typename G, int kScans, bool kSegments>
+template <typename G, int kScans, Cut kCut>
 using PrefillLayout = Layout<G, kScans, kOutputBytes,
-                             kTransitionFirst<kScans, kSegments> ? 208
-                             : kSegments                         ? 152
-                                                                 : 144,
-                             kSegments ? kMapBytes : 0>;
+                             kCut == Cut::kMapsFirst   ? 208
+                             : kCut == Cut::kMapsAhead ? 152
+                                                       : 144,
+                             kCut == Cut::kWhole ? 0 : kMapBytes>;
 
 // One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.
-template <typename T, typename G, bool kBounded, int kScans, bool kSegments>
+template <typename T, typename G, bool kBounded, int kScans, Cut kCut>
 __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid_constant__ Arguments arguments) {
-  using L = PrefillLayout<G, kScans, kSegments>;
-  constexpr bool kFirst = kTransitionFirst<kScans, kSegments>;
+  using L = PrefillLayout<G, kScans, kCut>;
+  constexpr bool kSegments = kCut != Cut::kWhole, kMapsFirst = kCut == Cut::kMapsFirst;
   extern __shared__ uint8_t unaligned[];
   const Block<L> block(unaligned, 4 * kScans * 32);
   if constexpr (kSegments) {
     if (threadIdx.x == 0) {
       MapRing(block.shared + L::kMaps, block.shared + L::kMapBarriers).init(4 * kScans * 32);
       cutlass::arch::fence_barrier_init();
-      if constexpr (kFirst) *Verdict{block.shared + L::kOutput}.word() = 0;
+      if constexpr (kMapsFirst) *Verdict{block.shared + L::kOutput}.word() = 0;
     }
     __syncthreads();
   }
@@ -50,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
   if (warp < 4 * kScans) {
     cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
     Cursor<L::kStages> cursor(0);
-    if constexpr (kFirst) scan_transitions<L, true, true>(arguments, block.shared, block.barriers, cursor);
+    if constexpr (kMapsFirst) scan_transitions<L, true, true>(arguments, block.shared, block.barriers, cursor);
     scan<T, L, kSegments>(arguments, block.shared, block.barriers, cursor);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
@@ -58,13 +56,17 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
     if (role < L::kTransformWarps) {
       const uint32_t bias = block.bias(role);
       Cursor<L::kStages> cursor(role);
-      if constexpr (kFirst) {
-        transform<T, TransitionStage<L>, kBounded, Pass::kTransition>(arguments.p, block.shared, bias, block.barriers,
+      bool ended = false;
+      while (!ended) {
+        if constexpr (kMapsFirst) {
+          transform<T, TransitionStage<L>, kBounded, Pass::kTransition, true>(arguments.p, block.shared, bias,
+                                                                              block.barriers, cursor);
+        }
+        ended = transform<T, L, kBounded, Pass::kPrefill, kMapsFirst>(arguments.p, block.shared, bias, block.barriers,
                                                                       cursor);
       }
-      transform<T, L, kBounded, Pass::kPrefill>(arguments.p, block.shared, bias, block.barriers, cursor);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
-      load<L, kSegments>(arguments, block.shared, block.infos(), block.barriers);
+      load<L, kCut>(arguments, block.shared, block.infos(), block.barriers);
     }
   }
 }
@@ -126,31 +128,34 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   segmented.segment_chunks = plan.segment_chunks;
   arguments.checkpoints = reinterpret_cast<const Checkpoint*>(static_cast<char*>(p.workspace) + plan.pool_offset);
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
-  if (plan.segments == 1) {
-    const bool overlap = p.cu_seqlens;  // with the plan
-    return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, false>>(
-        arguments, plan.grid, PrefillLayout<G, kScans, false>::kBytes, overlap, stream);
-  }
+  const auto launch_prefill = [&](auto cut, bool overlap) {
+    constexpr Cut kCut = decltype(cut)::value;
+    return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, kCut>>(
+        arguments, plan.grid, PrefillLayout<G, kScans, kCut>::kBytes, overlap, stream);
+  };
+  // A packed call's overlaps with its plan.
+  if (plan.cut == Cut::kWhole) return launch_prefill(std::integral_constant<Cut, Cut::kWhole>{}, p.cu_seqlens);
 
   const SegmentLayout layout = segment_layout(int64_t(p.sequences) * p.value_heads, plan.segments);
   char* workspace = static_cast<char*>(p.workspace);
   segmented.maps = workspace + layout.maps;
   segmented.offsets = workspace + layout.offsets;
   segmented.status = reinterpret_cast<int*>(workspace + layout.status);
-  cudaError_t error;
-  if constexpr (kTransitionFirst<kScans, true>) {
-    clear_status_kernel<<<1, 128, 0, stream>>>(segmented.status, int((layout.bytes - layout.status) / sizeof(int)));
-    error = cudaGetLastError();
-  } else {
-    TransitionArguments ahead = {arguments.q, arguments.k, arguments.v, arguments.g};
-    static_cast<ChunkKdaParams&>(ahead.p) = p;
-    ahead.segmented = segmented;
-    error = launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, true>>(
-        ahead, plan.transition_grid, TransitionLayout<G>::kBytes, false, stream);
+  if constexpr (kScans == 1) {
+    if (plan.cut == Cut::kMapsFirst) {
+      clear_status_kernel<<<1, 128, 0, stream>>>(segmented.status, int((layout.bytes - layout.status) / sizeof(int)));
+      const cudaError_t error = cudaGetLastError();
+      if (error != cudaSuccess) return error;
+      return launch_prefill(std::integral_constant<Cut, Cut::kMapsFirst>{}, true);
+    }
   }
+  TransitionArguments ahead = {arguments.q, arguments.k, arguments.v, arguments.g};
+  static_cast<ChunkKdaParams&>(ahead.p) = p;
+  ahead.segmented = segmented;
+  const cudaError_t error = launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, true>>(
+      ahead, plan.transition_grid, TransitionLayout<G>::kBytes, false, stream);
   if (error != cudaSuccess) return error;
-  return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, true>>(
-      arguments, plan.grid, PrefillLayout<G, kScans, true>::kBytes, true, stream);
+  return launch_prefill(std::integral_constant<Cut, Cut::kMapsAhead>{}, true);
 }
 
 }  // namespace flashkda::chunk_kda_fwd

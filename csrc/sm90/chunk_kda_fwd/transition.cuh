@@ -33,6 +33,8 @@ struct TransitionArguments {
 // The loader waits for a verdict behind so many chunks of a segment.
 constexpr int kTrialChunks = 4;
 constexpr int kChunksBetweenTrials = 16;
+// In a block that goes on with a prefill: chunks of that which come before the verdict.
+constexpr int kChunksAhead = 4;
 
 struct TransitionItem {
   int part;  // half of the rows
@@ -94,16 +96,18 @@ struct TransitionStage : L {
   __host__ __device__ static constexpr int value_offset(int tile) { return kQueryOffset + tile * 4096; }
 };
 
-// An item's chunks, from the last to the first. `count`: of the block's items before it.
-template <typename L>
-__device__ __forceinline__ void load_transition(Loader<L>& loader, const Maps& maps, Verdict verdict,
-                                                const TransitionItem& item, int head, int count) {
+// An item's chunks, from the last to the first. `count`: of the block's items before it. `load_ahead` is called where
+// the loader would wait for the first verdict; returns whether that is to stop.
+template <typename L, typename LoadAhead>
+__device__ __forceinline__ bool load_transition(Loader<L>& loader, const Maps& maps, Verdict verdict,
+                                                const TransitionItem& item, int head, int count, LoadAhead load_ahead) {
   const int chunks = (item.length + kChunk - 1) / kChunk;
   for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
+    if (chunk == kTrialChunks) load_ahead();
     if (chunk >= kTrialChunks) {
       int said;
       while ((said = atomicOr(verdict.word(), 0)) <= 2 * count) __nanosleep(50);
-      if (said == 2 * count + 2) break;
+      if (said == 2 * count + 2) return chunk == kTrialChunks;
     }
     ChunkInfo* info = loader.next_info();
     const int done = (chunks - 1 - chunk) * kChunk;
@@ -124,6 +128,7 @@ __device__ __forceinline__ void load_transition(Loader<L>& loader, const Maps& m
       loader.skip();
     }
   }
+  return false;
 }
 
 template <typename L, bool kSegments>
@@ -141,7 +146,7 @@ __device__ void load_transitions(const TransitionArguments& arguments, uint32_t 
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
     const TransitionItem item = read_transition<kSegments>(arguments, index);
     load_transition(loader, maps, Verdict{shared + L::kOutput}, item, item.value_head / (p.value_heads / p.heads),
-                    count);
+                    count, [] {});
   }
   loader.finish();
 }
@@ -192,8 +197,8 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       }
     }
 
-    bool forgotten = false, undecided = true;
-    int done = 0;
+    bool forgotten = false;
+    int done = 0, next_look = 1;
     // B's products of a chunk run beside the next one's first.
     uint32_t packed[4] = {};
     uint32_t stage = cursor.stage;
@@ -248,6 +253,15 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
         break;
       }
       mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+      if (kPublish && done == kTrialChunks) {  // to go on: what came ahead of the verdict will come again
+        while (load_shared<int>(shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset +
+                                offsetof(ChunkInfo, flags)) &
+               kBehindTransition) {
+          mbarrier_arrive(barriers.empty(cursor.stage));
+          cursor.advance(1);
+          mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
+        }
+      }
       float4 decays[4];
       load_decays(decays, pair_decays + cursor.stage * kFactorBytes, 0);
       cute::warpgroup_wait<1>();
@@ -256,9 +270,10 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       cute::warpgroup_wait<0>();
       copy_and_decay(map, copy, 1, decays);
 
-      // Behind the first chunks, then now and then. From the copy, since accumulators are out of bounds in here, so with
-      // the next chunk's decays: behind the last chunk that is there without a verdict it would be too late.
-      if (done < kTrialChunks || done % kChunksBetweenTrials == 0) {
+      // Behind the first chunks until there is a verdict, then now and then. From the copy, since accumulators are out
+      // of bounds in here, so with the next chunk's decays: behind the last chunk that is there without a verdict it
+      // would be too late.
+      if (done == next_look) {
         float squares = 0.f;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -275,11 +290,10 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
         turn ^= 1;
         squares = all.x + all.y + all.z + all.w;
         forgotten = squares <= kForgottenSquares;
-        if (forgotten || (undecided && (done == kTrialChunks - 1 || squares > kHopelessSquares))) {
-          undecided = false;
-          if (threadIdx.x == 0) atomicExch(verdict.word(), 2 * item + (forgotten ? 2 : 1));
-        }
+        const bool goes_on = done >= kTrialChunks - 1 || squares > kHopelessSquares;
+        if ((forgotten || goes_on) && threadIdx.x == 0) atomicExch(verdict.word(), 2 * item + (forgotten ? 2 : 1));
         if (forgotten) break;
+        next_look = goes_on ? (done / kChunksBetweenTrials + 1) * kChunksBetweenTrials : done + 1;
       }
     }
     if (chunks > 0) {
