@@ -256,8 +256,8 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       cute::warpgroup_wait<0>();
       copy_and_decay(map, copy, 1, decays);
 
-      // Behind the first chunks, then now and then. From the copy, since accumulators are out of bounds in here, so once
-      // the next chunk is there: behind the last that comes without a verdict it would be too late.
+      // Behind the first chunks, then now and then. From the copy, since accumulators are out of bounds in here, so
+      // once the next chunk is there: behind the last that comes without a verdict it would be too late.
       if (done < kTrialChunks || done % kChunksBetweenTrials == 0) {
         float squares = 0.f;
 #pragma unroll
