@@ -208,7 +208,7 @@ def write(bench: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
     if torch.cuda.is_available():
         record["gpu"] = torch.cuda.get_device_name()
         record["cuda"] = torch.version.cuda
-        record["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        record["driver"] = _output("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
         where = record["gpu"].removeprefix("NVIDIA ").split()[0].lower()
     else:
         record["cpu"], record["threads"] = _processor(), torch.get_num_threads()

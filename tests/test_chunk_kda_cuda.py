@@ -192,9 +192,12 @@ def test_some_channels_of_a_head_may_forget_alone(slow: slice) -> None:
 
 
 def test_gates_of_any_speed_enter_segments() -> None:
-    """Among them such as forget within the first chunks of a segment, but not in the very first."""
+    """Of all chunks of a head the same, or others in each: a segment may begin to forget, and then not go on."""
     call = kernel_call(1100, H=12, HV=12, gate="precomputed")
-    call["g"][:] = -torch.logspace(-3, 0.7, 12, device="cuda").view(1, 1, 12, 1)
+    generator = torch.Generator().manual_seed(0)
+    speeds = torch.tensor([1e-3, 0.1, 0.6, 2.0])[torch.randint(4, (69, 12), generator=generator)]
+    speeds[:, :4] = torch.tensor([1e-3, 0.1, 0.6, 2.0])
+    call["g"][:] = -speeds.repeat_interleave(16, 0)[:1100, :, None]
     expected = reference(call)
     one = run(call | {"batch_invariant": True})
     for actual, whole, exact in zip(run(call), one, expected, strict=True):
