@@ -21,6 +21,7 @@ struct Loader {
   uint32_t shared;
   ChunkInfo* infos;  // the first stage's
   Barriers barriers;
+  uint32_t rank = 0;  // of a pair
   Cursor<L::kStages> cursor{0};
 
   __device__ __forceinline__ ChunkInfo* next_info() const {
@@ -34,6 +35,14 @@ struct Loader {
                                        int first_half) {
     const uint32_t full = barriers.full(cursor.stage);
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
+    if constexpr (L::kPairs) {
+      if (!is_own<L>(cursor, rank)) {
+        mbarrier_arrive_expect_tx(full, L::kValueTiles * kTileBytes + kSentBytes);
+        tma_load_4d(stage + L::value_offset(0), maps.v, full, first_half * 64, token, value_head, batch);
+        leave_to_other();
+        return;
+      }
+    }
     const int q_tiles = Stage::kQueries && maps.q ? 2 : 0;
     mbarrier_arrive_expect_tx(full, (2 + q_tiles + Stage::kValueTiles + (L::kWideGate ? 4 : 2)) * kTileBytes);
 #pragma unroll
@@ -61,26 +70,41 @@ struct Loader {
     cursor.advance(1);
   }
 
+  // A chunk, or an empty stage, that the other block of a pair transforms.
+  __device__ __forceinline__ void leave_to_other() {
+    mbarrier_arrive_for(barriers.ready(cursor.stage), 32);
+    mbarrier_arrive_in_block(barriers.free(cursor.stage), rank ^ 1);
+    cursor.advance(1);
+  }
+
+  // Nothing is to come of this stage.
+  __device__ __forceinline__ void leave_empty() {
+    mbarrier_arrive(barriers.full(cursor.stage));
+    if (is_own<L>(cursor, rank)) {
+      cursor.advance(1);
+    } else {
+      leave_to_other();
+    }
+  }
+
   // A stage of an item that has no chunk. Its transform warp is done with it at once and waits for the bytes of another
   // stage, where it would take those before the last for the last: those have to have come.
   __device__ __forceinline__ void skip() {
-    if constexpr (L::kTransformWarps < L::kStages) {
+    if constexpr (L::kStep < L::kStages) {
       Cursor<L::kStages> next = cursor;
-      next.advance(L::kTransformWarps);
+      next.advance(L::kStep);
       mbarrier_wait(barriers.full(next.stage), next.parity ^ 1);
     }
-    mbarrier_arrive(barriers.full(cursor.stage));
-    cursor.advance(1);
+    leave_empty();
   }
 
   // The scan leaves at the first of these; every transform warp meets one.
   __device__ __forceinline__ void finish(int flags = 0) {
-    for (int i = 0; i < L::kTransformWarps; ++i) {
+    for (int i = 0; i < L::kStep; ++i) {
       ChunkInfo* info = next_info();
       info->left = kStop;
       info->flags = flags;
-      mbarrier_arrive(barriers.full(cursor.stage));
-      cursor.advance(1);
+      leave_empty();
     }
   }
 };

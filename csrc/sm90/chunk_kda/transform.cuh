@@ -69,7 +69,8 @@ __device__ bool transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
   GateFunction gate(p);
   int bias_head = -1;
 
-  for (;; cursor.advance(L::kTransformWarps)) {
+  const uint32_t other = L::kPairs ? cute::block_rank_in_cluster() ^ 1 : 0;
+  for (;; cursor.advance(L::kStep)) {
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
@@ -381,6 +382,16 @@ __device__ bool transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     mbarrier_arrive(barriers.ready(cursor.stage));
+    if constexpr (L::kPairs) {
+      mbarrier_wait(barriers.free(cursor.stage), cursor.rounds / 2 % 2);
+      if (lane == 0) {
+        const uint32_t full = in_block(barriers.full(cursor.stage), other);
+        bulk_copy_to_block(in_block(stage, other), stage, 4 * kTileBytes, full);
+        bulk_copy_to_block(in_block(stage + L::kGateOffset, other), stage + L::kGateOffset, 2 * kTileBytes, full);
+        bulk_copy_to_block(in_block(factors, other), factors, kChunkInfoOffset, full);
+      }
+      __syncwarp();
+    }
   }
 }
 

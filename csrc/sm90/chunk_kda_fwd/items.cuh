@@ -120,7 +120,7 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
   const int items = p.sequences * p.value_heads * (3 - L::kScans) * arguments.segmented.segments;
   const int group = p.value_heads / p.heads;
   int* ticket = static_cast<int*>(p.workspace);
-  Loader<L> loader{shared, infos, barriers};
+  Loader<L> loader{shared, infos, barriers, L::kPairs ? cute::block_rank_in_cluster() : 0};
   const Maps maps{&arguments.q, &arguments.k, &arguments.v, &arguments.g};
   [[maybe_unused]] const Verdict verdict{shared + L::kOutput};
 

@@ -26,7 +26,7 @@ using PrefillLayout = Layout<G, kScans, kOutputBytes,
                              kCut == Cut::kMapsFirst   ? 208
                              : kCut == Cut::kMapsAhead ? 152
                                                        : 144,
-                             kCut == Cut::kWhole ? 0 : kMapBytes>;
+                             kCut == Cut::kWhole ? 0 : kMapBytes, kScans == 1 && kCut != Cut::kMapsFirst>;
 
 // One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.
 template <typename T, typename G, bool kBounded, int kScans, Cut kCut>
@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
       load<L, kCut>(arguments, block.shared, block.infos(), block.barriers);
     }
   }
+  if constexpr (L::kPairs) cluster_sync();  // nothing is on its way to a block that has left
 }
 
 // Of whole sequences, or ahead of a prefill in segments.
@@ -130,8 +131,9 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
   const auto launch_prefill = [&](auto cut, bool overlap) {
     constexpr Cut kCut = decltype(cut)::value;
+    using L = PrefillLayout<G, kScans, kCut>;
     return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, kCut>>(
-        arguments, plan.grid, PrefillLayout<G, kScans, kCut>::kBytes, overlap, stream);
+        arguments, L::kPairs ? plan.grid / 2 * 2 : plan.grid, L::kBytes, overlap, stream, L::kPairs);
   };
   // A packed call's overlaps with its plan.
   if (plan.cut == Cut::kWhole) return launch_prefill(std::integral_constant<Cut, Cut::kWhole>{}, p.cu_seqlens);

@@ -271,8 +271,8 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       copy_and_decay(map, copy, 1, decays);
 
       // Behind the first chunks until there is a verdict, then now and then. From the copy, since accumulators are out
-      // of bounds in here, so once the next chunk is there: behind the last that comes without a verdict it would be too
-      // late.
+      // of bounds in here, so once the next chunk is there: behind the last that comes without a verdict it would be
+      // too late.
       if (done == next_look) {
         float squares = 0.f;
 #pragma unroll
