@@ -97,8 +97,11 @@ __device__ __forceinline__ void cluster_sync() {
 // Between ordinary accesses of global memory and the copy engine's, on either side.
 __device__ __forceinline__ void fence_global_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-__device__ __forceinline__ int load_acquire(int* word) {
-  return cuda::atomic_ref<int, cuda::thread_scope_device>(*word).load(cuda::memory_order_acquire);
+// Two words at once, 8-byte aligned.
+__device__ __forceinline__ int2 load_acquire_2(int* words) {
+  auto& both = *reinterpret_cast<unsigned long long*>(words);
+  const auto x = cuda::atomic_ref<unsigned long long, cuda::thread_scope_device>(both).load(cuda::memory_order_acquire);
+  return make_int2(int(x), int(x >> 32));
 }
 
 __device__ __forceinline__ void store_release(int* word, int x) {

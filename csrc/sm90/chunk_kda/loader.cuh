@@ -26,11 +26,12 @@ struct Loader {
 
   __device__ __forceinline__ ChunkInfo* next_info() const {
     mbarrier_wait_patiently(barriers.empty(cursor.stage), cursor.parity ^ 1);
-    return reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(infos) + cursor.stage * kFactorBytes);
+    ChunkInfo* info = reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(infos) + cursor.stage * kFactorBytes);
+    if constexpr (L::kPairs) info->number = cursor.rounds * L::kStages + cursor.stage;
+    return info;
   }
 
-  // With no q where the map is null. Stage: where tiles lie in a stage, L or TransitionStage<L>.
-  template <typename Stage = L>
+  // With no q where the map is null.
   __device__ __forceinline__ void load(const Maps& maps, int batch, int token, int head, int value_head,
                                        int first_half) {
     const uint32_t full = barriers.full(cursor.stage);
@@ -43,12 +44,12 @@ struct Loader {
         return;
       }
     }
-    const int q_tiles = Stage::kQueries && maps.q ? 2 : 0;
-    mbarrier_arrive_expect_tx(full, (2 + q_tiles + Stage::kValueTiles + (L::kWideGate ? 4 : 2)) * kTileBytes);
+    const int q_tiles = L::kQueries && maps.q ? 2 : 0;
+    mbarrier_arrive_expect_tx(full, (2 + q_tiles + L::kValueTiles + (L::kWideGate ? 4 : 2)) * kTileBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       tma_load_4d(stage + kKeyOffset + half * 4096, maps.k, full, half * 64, token, head, batch);
-      if (Stage::kQueries && maps.q)
+      if (L::kQueries && maps.q)
         tma_load_4d(stage + kQueryOffset + half * 4096, maps.q, full, half * 64, token, head, batch);
     }
     if constexpr (L::kWideGate) {
@@ -64,8 +65,8 @@ struct Loader {
       }
     }
 #pragma unroll
-    for (int half = 0; half < Stage::kValueTiles; ++half) {
-      tma_load_4d(stage + Stage::value_offset(half), maps.v, full, (first_half + half) * 64, token, value_head, batch);
+    for (int half = 0; half < L::kValueTiles; ++half) {
+      tma_load_4d(stage + L::value_offset(half), maps.v, full, (first_half + half) * 64, token, value_head, batch);
     }
     cursor.advance(1);
   }
@@ -99,11 +100,9 @@ struct Loader {
   }
 
   // The scan leaves at the first of these; every transform warp meets one.
-  __device__ __forceinline__ void finish(int flags = 0) {
+  __device__ __forceinline__ void finish() {
     for (int i = 0; i < L::kStep; ++i) {
-      ChunkInfo* info = next_info();
-      info->left = kStop;
-      info->flags = flags;
+      next_info()->left = kStop;
       leave_empty();
     }
   }

@@ -73,9 +73,10 @@ constexpr int kSharedBytes = 232448;
 // kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kMapBytes: of
 // the maps that states come through on their way into a segment, 1024-byte aligned, with a pair of barriers a half.
 // kInPairs: the blocks of both halves of a head are a cluster. Both go through the same chunks; each transforms every
-// other one, and sends what comes of it to the same stage of the other.
+// other one, and sends what comes of it to the same stage of the other. kHasFirstRing: the stages serve another pass of
+// the block first, with barriers of its own.
 template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144, int kMapBytes = 0,
-          bool kInPairs = false>
+          bool kInPairs = false, bool kHasFirstRing = false>
 struct Layout {
   using G = Gate;
   static constexpr int kScans = kScanWarpgroups;
@@ -94,12 +95,14 @@ struct Layout {
   static constexpr int kBiasBytes = kOtherWarps * kHeadDim * 4;
   static constexpr int kAllOutputBytes = 4 * kScans * kOutputBytes;
   static constexpr int kMapBarrierBytes = kMapBytes > 0 ? 4 * 8 : 0;
+  static constexpr int kHandoverBytes = kHasFirstRing ? 8 : 0;
   static constexpr int kAlignment = 1024;
   // As many stages as there is room for. Of pairs an odd number: a stage then takes turns between chunks of one's own
   // and those of the other block, which is done with what was sent from there before.
-  static constexpr int kStageBarriers = kPairs ? 4 : 3;
+  static constexpr int kRingBarriers = kPairs ? 4 : 3;
+  static constexpr int kStageBarriers = kRingBarriers + (kHasFirstRing ? 3 : 0);
   static constexpr int kRoom =
-      (kSharedBytes - kMapBytes - kMapBarrierBytes - kBiasBytes - kAllOutputBytes - kAlignment) /
+      (kSharedBytes - kMapBytes - kMapBarrierBytes - kHandoverBytes - kBiasBytes - kAllOutputBytes - kAlignment) /
       (kStageBytes + kFactorBytes + kStageBarriers * 8);
   static constexpr int kStages = kPairs ? (kRoom - 1) / 2 * 2 + 1 : kRoom;
   // From one chunk of a transform warp to its next one.
@@ -110,7 +113,9 @@ struct Layout {
   static constexpr int kBias = kFactors + kStages * kFactorBytes;
   static constexpr int kOutput = kBias + kBiasBytes;
   static constexpr int kBarriers = kOutput + kAllOutputBytes;
-  static constexpr int kMapBarriers = kBarriers + kStageBarriers * 8 * kStages;
+  static constexpr int kFirstBarriers = kBarriers + kRingBarriers * 8 * kStages;
+  static constexpr int kHandover = kBarriers + kStageBarriers * 8 * kStages;
+  static constexpr int kMapBarriers = kHandover + kHandoverBytes;
   static constexpr int kBytes = kMapBarriers + kMapBarrierBytes + kAlignment;
   static_assert(kBytes <= kSharedBytes);
 };
@@ -143,6 +148,7 @@ struct ChunkInfo {
   int chunks;  // of kStates and kTransition: chunks of the item; of padding: tokens
   int tile;    // of kStates: the item's first
   int item;    // of kTransition: how many items came before in this block
+  int number;  // of pairs: how many stages came before
   // Of a prefill's first chunk: where the state of its value head comes from, and where it goes behind the run's last.
   const void* initial_state;  // null for zero
   void* final_state;          // null for nowhere
@@ -153,7 +159,6 @@ constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; 
 constexpr int kReverse = 4;                // the run goes from its last chunk to its first
 constexpr int kContinues = 8;              // the run begins with the state that the one before it ended with
 constexpr int kPadding = 16;               // no chunks: o gets zeros, for `chunks` tokens from `token` on
-constexpr int kBehindTransition = 32;      // the run, or the end, of a prefill in a block that has found a map first
 
 // The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
 // chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.
@@ -222,12 +227,8 @@ struct Block {
         shared(cute::cast_smem_ptr_to_uint(base)),
         barriers{shared + L::kBarriers, L::kStages} {
     if (threadIdx.x == 0) {
-      for (int stage = 0; stage < L::kStages; ++stage) {
-        mbarrier_init(barriers.full(stage), 1);
-        mbarrier_init(barriers.ready(stage), 32);
-        mbarrier_init(barriers.empty(stage), scan_threads);
-        if constexpr (L::kPairs) mbarrier_init(barriers.free(stage), 1);
-      }
+      init(barriers, scan_threads);
+      for (int stage = 0; L::kPairs && stage < L::kStages; ++stage) mbarrier_init(barriers.free(stage), 1);
       cutlass::arch::fence_barrier_init();
     }
     if constexpr (L::kPairs) {
@@ -237,6 +238,18 @@ struct Block {
     }
   }
 
+  // Of one thread.
+  __device__ __forceinline__ static void init(const Barriers& ring, int scan_threads) {
+    for (int stage = 0; stage < L::kStages; ++stage) {
+      mbarrier_init(ring.full(stage), 1);
+      mbarrier_init(ring.ready(stage), 32);
+      mbarrier_init(ring.empty(stage), scan_threads);
+    }
+  }
+
+  __device__ Barriers first_barriers() const { return {shared + L::kFirstBarriers, L::kStages}; }
+  // The first pass's scan and transform warps, every lane, when they leave its stages -> the loader.
+  __device__ uint32_t handover() const { return shared + L::kHandover; }
   __device__ uint32_t bias(int transform_warp) const { return shared + L::kBias + transform_warp * kHeadDim * 4; }
   __device__ ChunkInfo* infos() const { return reinterpret_cast<ChunkInfo*>(base + L::kFactors + kChunkInfoOffset); }
 };

@@ -42,10 +42,8 @@ struct GateFunction {
 
 // A warp's chunks, from the `warp`th in steps of as many as there are transform warps. Of kStates, the way forward
 // needs no q, and the way back leaves P where the others have PA. kTransition needs no q, and v n_k in place of v.
-// kAlternates: a block has chunks of a transition and of a prefill. Returns where the warp's next one is of the other
-// kind, and at the end of work; which of the two.
-template <typename T, typename L, bool kBounded, Pass kPass, bool kAlternates = false>
-__device__ bool transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
+template <typename T, typename L, bool kBounded, Pass kPass>
+__device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
                           Cursor<L::kStages>& cursor) {
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
@@ -70,20 +68,25 @@ __device__ bool transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
   int bias_head = -1;
 
   const uint32_t other = L::kPairs ? cute::block_rank_in_cluster() ^ 1 : 0;
+  [[maybe_unused]] int number = cursor.stage;
   for (;; cursor.advance(L::kStep)) {
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
+    if constexpr (L::kPairs) {
+      // While what the other block sends of the chunk before in this stage is on its way, the wait is over at once.
+      while (load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, number)) != number) {
+        __nanosleep(20);
+        mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
+      }
+      number += L::kStep;
+    }
     const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
     const int left = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, left));
-    if constexpr (kAlternates) {
-      const int flags = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags));
-      if ((kPass == Pass::kTransition) == bool(flags & kBehindTransition)) return false;
-    }
     if (left <= 0) {  // an empty sequence, or the end
       __syncwarp();
       mbarrier_arrive(barriers.ready(cursor.stage));
-      if (left == kStop) return true;
+      if (left == kStop) return;
       continue;
     }
     const bool reverse =

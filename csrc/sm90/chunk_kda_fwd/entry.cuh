@@ -18,7 +18,7 @@ struct MapRing {
   static constexpr int kHalfBytes = kMapBytes / 2;
   uint32_t buffers;
   uint32_t barriers;
-  uint32_t uses = 0;  // of each half, so far
+  uint32_t requests[2] = {0, 0}, uses[2] = {0, 0};  // of each half, so far
 
   __device__ MapRing(uint32_t buffers, uint32_t barriers) : buffers(buffers), barriers(barriers) {}
 
@@ -33,9 +33,9 @@ struct MapRing {
     }
   }
 
-  // The first scan thread's. `ahead`: uses between this one and the one that is read next.
-  __device__ __forceinline__ void request(const char* map, int half, int ahead) const {
-    mbarrier_wait(empty(half), (uses + ahead & 1) ^ 1);
+  // The first scan thread's.
+  __device__ __forceinline__ void request(const char* map, int half) {
+    mbarrier_wait(empty(half), (requests[half]++ & 1) ^ 1);
     mbarrier_arrive_expect_tx(full(half), kHalfBytes);
     cute::SM90_BULK_COPY_G2S::copy(map + half * kHalfBytes, shared_pointer<uint64_t>(full(half)),
                                    shared_pointer(buffers + half * kHalfBytes), kHalfBytes);
@@ -66,19 +66,23 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
       state[j / 32][j % 32] = offset[(j / 4 * 8 + pair + j % 2) * kHeadDim + column + lane / 4 + j / 2 % 2 * 8];
     }
   };
-  // The last segment on the way that forgets what enters it. With fast gates that is the one before.
-  const auto wait_for = [&](int i) {
-    int* status = from.status + 2 * (first + i);
-    int2 found;
+  // The last segment on the way that forgets what enters it. With fast gates that is the one before. Of others a half
+  // may: a bit of `forgotten` each.
+  static_assert(2 * kMaxSegments <= 64);
+  uint64_t forgotten = 0;
+  int last = segment - 1;
+  for (; last >= 0; --last) {
+    int2 status;
     while (true) {
-      found = make_int2(load_acquire(status), load_acquire(status + 1));
-      if (found.x != kMapPending && found.y != kMapPending) break;
+      status = load_acquire_2(from.status + 2 * (first + last));
+      if (status.x != kMapPending && status.y != kMapPending) break;
       __nanosleep(20);
     }
-    return found.x == kMapForgotten && found.y == kMapForgotten;
-  };
-  int last = segment - 1;
-  while (last >= 0 && !wait_for(last)) --last;
+    const uint64_t halves = (status.x == kMapForgotten ? 1 : 0) | (status.y == kMapForgotten ? 2 : 0);
+    if (halves == 3) break;
+    forgotten |= halves << (2 * last);
+  }
+  const auto is_forgotten = [&](int i, int half) { return (forgotten >> (2 * i + half) & 1) != 0; };
   if (last == segment - 1) {
     load_offset(last);
     return;
@@ -94,10 +98,11 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
     load_offset(i++);
     if (i == segment) return;
   }
-  if (threadIdx.x == 0) {
-    ring.request(map(i), 0, 0);
-    ring.request(map(i), 1, 0);
-  }
+  const auto request = [&](int i, int half) {
+    if (threadIdx.x == 0 && i < segment && !is_forgotten(i, half)) ring.request(map(i), half);
+  };
+  request(i, 0);
+  request(i, 1);
 #pragma unroll 1
   for (; i < segment; ++i) {
     float unscale[2];
@@ -124,7 +129,11 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      mbarrier_wait(ring.full(half), ring.uses & 1);
+      if (is_forgotten(i, half)) {
+        request(i + 1, half);
+        continue;
+      }
+      mbarrier_wait(ring.full(half), ring.uses[half]++ & 1);
       const cute::GmmaDescriptor rows = swizzled_128b(ring.buffers + half * MapRing::kHalfBytes);
       cute::warpgroup_arrive();
 #pragma unroll
@@ -133,9 +142,8 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<0>();
       mbarrier_arrive(ring.empty(half));
-      if (threadIdx.x == 0 && i + 1 < segment) ring.request(map(i + 1), half, 1);
+      request(i + 1, half);
     }
-    ++ring.uses;
 #pragma unroll
     for (int j = 0; j < 64; ++j) state[j / 32][j % 32] *= unscale[j / 2 % 2];
   }

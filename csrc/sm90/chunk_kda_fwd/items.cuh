@@ -112,17 +112,16 @@ __device__ __forceinline__ bool reads_bf16(const ChunkKdaFwdParams& p) {
 }
 __device__ __forceinline__ bool writes_bf16(const ChunkKdaFwdParams& p) { return p.pool.dtype == Dtype::kBFloat16; }
 
+// Of the items of a block; with kMapsFirst one, of whose segment the transition comes first.
 template <typename L, Cut kCut>
-__device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* infos, Barriers barriers) {
+__device__ void load(const Arguments& arguments, const Block<L>& block) {
   constexpr bool kSegments = kCut != Cut::kWhole;
-  constexpr bool kMapsFirst = kCut == Cut::kMapsFirst;
   const ChunkKdaFwdParams& p = arguments.p;
   const int items = p.sequences * p.value_heads * (3 - L::kScans) * arguments.segmented.segments;
   const int group = p.value_heads / p.heads;
   int* ticket = static_cast<int*>(p.workspace);
-  Loader<L> loader{shared, infos, barriers, L::kPairs ? cute::block_rank_in_cluster() : 0};
+  Loader<L> loader{block.shared, block.infos(), block.barriers, L::kPairs ? cute::block_rank_in_cluster() : 0};
   const Maps maps{&arguments.q, &arguments.k, &arguments.v, &arguments.g};
-  [[maybe_unused]] const Verdict verdict{shared + L::kOutput};
 
   if constexpr (!kSegments) cudaGridDependencySynchronize();  // the plan
   // Sequences of a dense batch are equally long, so dealing them round is as good as tickets.
@@ -130,55 +129,28 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
     Item item = read_item<L::kScans, kSegments>(arguments, index);
     const int head = item.value_head / group;
-    if constexpr (kMapsFirst) item.flags |= kBehindTransition;
+    if constexpr (kCut == Cut::kMapsFirst) {
+      Loader<TransitionStage<L>> first{block.shared, block.infos(), block.first_barriers()};
+      if (!(item.flags & kToEnd)) {
+        const TransitionItem transition{item.part,       item.segment, item.batch, item.sequence,
+                                        item.value_head, item.begin,   item.length};
+        load_transition(first, maps, Verdict{block.shared + L::kOutput}, transition, head, 0);
+      }
+      first.finish();
+      mbarrier_wait_patiently(block.handover(), 0);
+    }
     StatePlaces states = {};
     int flags = item.flags, padding = 0;
     const int64_t row = p.pool.states ? pool_row(p.pool, item.sequence) : 0;
     if (row < 0) {
-      flags = kPadding | kFromStart | (item.flags & kBehindTransition);
+      flags = kPadding | kFromStart;
       padding = item.length;
+      item.length = 0;
     } else {
       states = find_states(p, item, row);
       if (states.initial && item.part == 0)
         cute::SM90_BULK_COPY_G2S::PREFETCH::copy(states.initial, kHeadDim * kHeadDim * (reads_bf16(p) ? 2 : 4));
     }
-    // Of a run of `length` tokens from `first` on, that chunk.
-    const auto load_chunk = [&](int first, int length, int chunk, void* final_state) {
-      ChunkInfo* info = loader.next_info();
-      const int token = first + chunk * kChunk;
-      info->token = token;
-      info->batch = item.batch;
-      info->value_head = item.value_head;
-      info->sequence = item.sequence;
-      info->left = length - chunk * kChunk;
-      info->part = item.part;
-      info->segment = item.segment;
-      info->flags = flags;
-      info->chunks = padding;
-      info->initial_state = states.initial;
-      info->final_state = final_state;
-      if (length > 0) {
-        loader.load(maps, item.batch, token, head, item.value_head, item.part);
-      } else {
-        loader.skip();
-      }
-    };
-    int chunk = 0;
-    if constexpr (kMapsFirst) {
-      if (!(item.flags & kToEnd)) {
-        const Maps without_queries{nullptr, &arguments.k, &arguments.v, &arguments.g};
-        const TransitionItem transition{item.part,       item.segment, item.batch, item.sequence,
-                                        item.value_head, item.begin,   item.length};
-        // While a verdict is pending, the segment's first chunks come: gates that forget at once need no others before.
-        const bool forgotten = load_transition(loader, without_queries, verdict, transition, head, 0, [&] {
-          if (row < 0) return;
-          for (; chunk < min(kChunksAhead, item.length / kChunk); ++chunk)
-            load_chunk(item.begin, item.length, chunk, states.final);
-        });
-        if (!forgotten) chunk = 0;  // the scan drops them
-      }
-    }
-    if (row < 0) item.length = 0;
     // Run by run: up to each checkpoint, then to the end.
     const Checkpoint* checkpoint = arguments.checkpoints + int64_t(item.sequence) * p.pool.checkpoints;
     int checkpoints = p.pool.checkpoints, done = 0;
@@ -188,15 +160,33 @@ __device__ void load(const Arguments& arguments, uint32_t shared, ChunkInfo* inf
       const int length = (is_last ? item.length : checkpoint->tokens) - done;
       void* const final_state = is_last ? states.final : pool_state(p, checkpoint->row, item.value_head);
       const int chunks = length > 0 ? (length + kChunk - 1) / kChunk : 1;
-      for (; chunk < chunks; ++chunk) load_chunk(item.begin + done, length, chunk, final_state);
-      chunk = 0;
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        ChunkInfo* info = loader.next_info();
+        const int token = item.begin + done + chunk * kChunk;
+        info->token = token;
+        info->batch = item.batch;
+        info->value_head = item.value_head;
+        info->sequence = item.sequence;
+        info->left = length - chunk * kChunk;
+        info->part = item.part;
+        info->segment = item.segment;
+        info->flags = flags;
+        info->chunks = padding;
+        info->initial_state = states.initial;
+        info->final_state = final_state;
+        if (length > 0) {
+          loader.load(maps, item.batch, token, head, item.value_head, item.part);
+        } else {
+          loader.skip();
+        }
+      }
       done += length;
       flags = kContinues;
       ++checkpoint;
       --checkpoints;
     } while (!is_last);
   }
-  loader.finish(kMapsFirst ? kBehindTransition : 0);
+  loader.finish();
 }
 
 }  // namespace flashkda::chunk_kda_fwd

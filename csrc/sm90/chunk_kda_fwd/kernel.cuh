@@ -26,7 +26,7 @@ using PrefillLayout = Layout<G, kScans, kOutputBytes,
                              kCut == Cut::kMapsFirst   ? 208
                              : kCut == Cut::kMapsAhead ? 152
                                                        : 144,
-                             kCut == Cut::kWhole ? 0 : kMapBytes, kScans == 1 && kCut != Cut::kMapsFirst>;
+                             kCut == Cut::kWhole ? 0 : kMapBytes, kScans == 1, kCut == Cut::kMapsFirst>;
 
 // One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.
 template <typename T, typename G, bool kBounded, int kScans, Cut kCut>
@@ -38,8 +38,12 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
   if constexpr (kSegments) {
     if (threadIdx.x == 0) {
       MapRing(block.shared + L::kMaps, block.shared + L::kMapBarriers).init(4 * kScans * 32);
+      if constexpr (kMapsFirst) {
+        block.init(block.first_barriers(), 128);
+        mbarrier_init(block.handover(), 128 + 32 * TransitionStage<L>::kTransformWarps);
+        *Verdict{block.shared + L::kOutput}.word() = 0;
+      }
       cutlass::arch::fence_barrier_init();
-      if constexpr (kMapsFirst) *Verdict{block.shared + L::kOutput}.word() = 0;
     }
     __syncthreads();
   }
@@ -47,26 +51,27 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
   const int warp = threadIdx.x / 32;
   if (warp < 4 * kScans) {
     cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
-    Cursor<L::kStages> cursor(0);
-    if constexpr (kMapsFirst) scan_transitions<L, true, true>(arguments, block.shared, block.barriers, cursor);
-    scan<T, L, kSegments>(arguments, block.shared, block.barriers, cursor);
+    if constexpr (kMapsFirst)
+      scan_transitions<L, true, true>(arguments, block.shared, block.first_barriers(), block.handover());
+    scan<T, L, kSegments>(arguments, block.shared, block.barriers);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
     const int role = warp - 4 * kScans;
-    if (role < L::kTransformWarps) {
-      const uint32_t bias = block.bias(role);
-      Cursor<L::kStages> cursor(role);
-      bool ended = false;
-      while (!ended) {
-        if constexpr (kMapsFirst) {
-          transform<T, TransitionStage<L>, kBounded, Pass::kTransition, true>(arguments.p, block.shared, bias,
-                                                                              block.barriers, cursor);
-        }
-        ended = transform<T, L, kBounded, Pass::kPrefill, kMapsFirst>(arguments.p, block.shared, bias, block.barriers,
-                                                                      cursor);
+    const uint32_t bias = block.bias(role);
+    if constexpr (kMapsFirst) {
+      using First = TransitionStage<L>;
+      if (role < First::kTransformWarps) {
+        Cursor<L::kStages> cursor(role);
+        transform<T, First, kBounded, Pass::kTransition>(arguments.p, block.shared, bias, block.first_barriers(),
+                                                         cursor);
+        mbarrier_arrive(block.handover());
       }
-    } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
-      load<L, kCut>(arguments, block.shared, block.infos(), block.barriers);
+    }
+    if (role < L::kTransformWarps) {
+      Cursor<L::kStages> cursor(L::kPairs ? 2 * role + cute::block_rank_in_cluster() : role);
+      transform<T, L, kBounded, Pass::kPrefill>(arguments.p, block.shared, bias, block.barriers, cursor);
+    } else if (role == L::kOtherWarps && threadIdx.x % 32 == 0) {
+      load<L, kCut>(arguments, block);
     }
   }
   if constexpr (L::kPairs) cluster_sync();  // nothing is on its way to a block that has left
@@ -89,8 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = threadIdx.x / 32;
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
-    Cursor<L::kStages> cursor(0);
-    scan_transitions<L, kSegments, false>(arguments, block.shared, block.barriers, cursor);
+    scan_transitions<L, kSegments, false>(arguments, block.shared, block.barriers, 0);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<L::kTransformRegisters>();
     const int role = warp - 4;
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Cursor<L::kStages> cursor(role);
       transform<T, TransitionStage<L>, kBounded, Pass::kTransition>(arguments.p, block.shared, block.bias(role),
                                                                     block.barriers, cursor);
-    } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
+    } else if (role == L::kOtherWarps && threadIdx.x % 32 == 0) {
       load_transitions<L, kSegments>(arguments, block.shared, block.infos(), block.barriers);
     }
   }

@@ -43,8 +43,7 @@ __device__ __forceinline__ void clear_o(const ChunkKdaFwdParams& p, uint4 where,
 }
 
 template <typename T, typename L, bool kSegments>
-__device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers,
-                                     Cursor<L::kStages>& cursor) {
+__device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
   const ChunkKdaFwdParams& p = arguments.p;
@@ -77,6 +76,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
   float state[2][32];  // of K, halves
   uint32_t copy[32];
   if constexpr (kSegments) cudaGridDependencySynchronize();  // the transitions
+  Cursor<L::kStages> cursor(0);
   [[maybe_unused]] const uint32_t rank = L::kPairs ? cute::block_rank_in_cluster() : 0;
   const auto wait_for_chunk = [&] {
     const bool own = is_own<L>(cursor, rank);

@@ -33,8 +33,6 @@ struct TransitionArguments {
 // The loader waits for a verdict behind so many chunks of a segment.
 constexpr int kTrialChunks = 4;
 constexpr int kChunksBetweenTrials = 16;
-// In a block that goes on with a prefill: chunks of that which come before the verdict.
-constexpr int kChunksAhead = 4;
 
 struct TransitionItem {
   int part;  // half of the rows
@@ -88,26 +86,27 @@ struct Verdict {
   __device__ uint32_t sums(int turn) const { return address + 16 + turn * 16; }
 };
 
-// v lies where q would: a transition needs none.
+// Of a pass over transitions: v lies where q would, which they do not need, and each block transforms for itself.
 template <typename L>
 struct TransitionStage : L {
   static constexpr bool kQueries = false;
   static constexpr int kValueTiles = 2;
   __host__ __device__ static constexpr int value_offset(int tile) { return kQueryOffset + tile * 4096; }
+  static constexpr bool kPairs = false;
+  static constexpr int kTransformWarps = std::min(L::kOtherWarps, L::kStages);
+  static constexpr int kStep = kTransformWarps;
 };
 
-// An item's chunks, from the last to the first. `count`: of the block's items before it. `load_ahead` is called where
-// the loader would wait for the first verdict; returns whether that is to stop.
-template <typename L, typename LoadAhead>
-__device__ __forceinline__ bool load_transition(Loader<L>& loader, const Maps& maps, Verdict verdict,
-                                                const TransitionItem& item, int head, int count, LoadAhead load_ahead) {
+// An item's chunks, from the last to the first. `count`: of the block's items before it.
+template <typename Stage>
+__device__ __forceinline__ void load_transition(Loader<Stage>& loader, const Maps& maps, Verdict verdict,
+                                                const TransitionItem& item, int head, int count) {
   const int chunks = (item.length + kChunk - 1) / kChunk;
   for (int chunk = 0; chunk < max(chunks, 1); ++chunk) {
-    if (chunk == kTrialChunks) load_ahead();
     if (chunk >= kTrialChunks) {
       int said;
       while ((said = atomicOr(verdict.word(), 0)) <= 2 * count) __nanosleep(50);
-      if (said == 2 * count + 2) return chunk == kTrialChunks;
+      if (said == 2 * count + 2) break;
     }
     ChunkInfo* info = loader.next_info();
     const int done = (chunks - 1 - chunk) * kChunk;
@@ -123,12 +122,11 @@ __device__ __forceinline__ bool load_transition(Loader<L>& loader, const Maps& m
     info->chunks = chunks;
     info->item = count;
     if (chunks > 0) {
-      loader.template load<TransitionStage<L>>(maps, item.batch, token, head, item.value_head, 0);
+      loader.load(maps, item.batch, token, head, item.value_head, 0);
     } else {
       loader.skip();
     }
   }
-  return false;
 }
 
 template <typename L, bool kSegments>
@@ -137,7 +135,7 @@ __device__ void load_transitions(const TransitionArguments& arguments, uint32_t 
   const ChunkKdaParams& p = arguments.p;
   const int items = 2 * p.sequences * p.value_heads * (kSegments ? arguments.segmented.segments - 1 : 1);
   int* ticket = static_cast<int*>(p.workspace);
-  Loader<L> loader{shared, infos, barriers};
+  Loader<TransitionStage<L>> loader{shared, infos, barriers};
   const Maps maps{nullptr, &arguments.k, &arguments.v, &arguments.g};
 
   if constexpr (!kSegments) cudaGridDependencySynchronize();  // the plan
@@ -146,15 +144,16 @@ __device__ void load_transitions(const TransitionArguments& arguments, uint32_t 
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
     const TransitionItem item = read_transition<kSegments>(arguments, index);
     load_transition(loader, maps, Verdict{shared + L::kOutput}, item, item.value_head / (p.value_heads / p.heads),
-                    count, [] {});
+                    count);
   }
   loader.finish();
 }
 
-// Of all items of the block; with kPublish up to its prefill, which reads maps of other blocks of the grid.
+// Of all items of the block, or with kPublish of its only one, whose map other blocks of the grid read. `handover`: the
+// barrier to arrive at when there are no more stages to be read.
 template <typename L, bool kSegments, bool kPublish, typename SomeArguments>
 __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments, uint32_t shared, Barriers barriers,
-                                                 Cursor<L::kStages>& cursor) {
+                                                 uint32_t handover) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
   // What is left of a state 2^-24 times as large as before is below its fp32 rounding.
@@ -172,12 +171,16 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
 
   float map[2][32], offset[2][32];  // R^T, halves of its columns; B^T, halves of V
   uint32_t copy[32];
+  Cursor<L::kStages> cursor(0);
   mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared<uint4>(info);
     const uint4 what = load_shared<uint4>(info + offsetof(ChunkInfo, left));
-    if (int(what.x) == kStop || (kPublish && what.w & kBehindTransition)) break;
+    if (int(what.x) == kStop) {
+      if constexpr (kPublish) mbarrier_arrive(handover);
+      break;
+    }
     const int chunks = load_shared<int>(info + offsetof(ChunkInfo, chunks));
     const int item = load_shared<int>(info + offsetof(ChunkInfo, item));
     const int row = int(what.y) * 64 + warp * 16 + lane / 4;  // and row + 8
@@ -253,15 +256,6 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
         break;
       }
       mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
-      if (kPublish && done == kTrialChunks) {  // to go on: what came ahead of the verdict will come again
-        while (load_shared<int>(shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset +
-                                offsetof(ChunkInfo, flags)) &
-               kBehindTransition) {
-          mbarrier_arrive(barriers.empty(cursor.stage));
-          cursor.advance(1);
-          mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
-        }
-      }
       float4 decays[4];
       load_decays(decays, pair_decays + cursor.stage * kFactorBytes, 0);
       cute::warpgroup_wait<1>();
@@ -305,41 +299,6 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
     }
     mbarrier_arrive(barriers.empty(stage));
 
-    if (forgotten) {
-#pragma unroll
-      for (int j = 0; j < 64; ++j) map[j / 32][j % 32] = 0.f;
-    }
-    const int64_t head = int64_t(where.w) * p.value_heads + where.z;
-    if constexpr (kSegments) {
-      const SegmentArguments& to = arguments.segmented;
-      const int64_t index = head * (to.segments - 1) + int(what.z);
-      float* const offsets = reinterpret_cast<float*>(to.offsets + index * kOffsetBytes);
-      store_state(offset, offsets + first_element(true, row, pair), true);
-      // Zeros, too: the other half of the rows may not forget.
-      char* rows = to.maps + index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const int chunk = (j % 8 ^ lane / 4) * 16;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float* r = &map[j / 8][j % 8 * 4 + 2 * i];
-          *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) = pack_fp16(r[0], r[1]);
-        }
-      }
-      const int status = forgotten ? kMapForgotten : kMapStored;
-      if constexpr (kPublish) {
-        // For other blocks' loads and copy engines.
-        fence_global_async();
-        cutlass::arch::NamedBarrier::sync(128, 0);
-        cudaGridDependencySynchronize();  // the words are cleared
-      }
-      if (threadIdx.x == 0) store_release(&to.status[index * 2 + what.y], status);
-    } else {
-      const int64_t first = head * (kHeadDim * kHeadDim) + first_element(!p.state_v_first, row, pair);
-      store_state(map, p.map + first, !p.state_v_first);
-      store_state(offset, p.offset + first, !p.state_v_first);
-    }
-
     // What the loader had brought of this segment before it knew.
     for (;;) {
       mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
@@ -347,9 +306,45 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       if (load_shared<int>(next + offsetof(ChunkInfo, left)) == kStop ||
           load_shared<int>(next + offsetof(ChunkInfo, item)) != item)
         break;
-      if (kPublish && load_shared<int>(next + offsetof(ChunkInfo, flags)) & kBehindTransition) break;
       mbarrier_arrive(barriers.empty(cursor.stage));
       cursor.advance(1);
+    }
+    if constexpr (kPublish) mbarrier_arrive(handover);
+
+    const int64_t head = int64_t(where.w) * p.value_heads + where.z;
+    if constexpr (kSegments) {
+      const SegmentArguments& to = arguments.segmented;
+      const int64_t index = head * (to.segments - 1) + int(what.z);
+      float* const offsets = reinterpret_cast<float*>(to.offsets + index * kOffsetBytes);
+      store_state(offset, offsets + first_element(true, row, pair), true);
+      if (!forgotten) {
+        char* rows = to.maps + index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+          const int chunk = (j % 8 ^ lane / 4) * 16;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float* r = &map[j / 8][j % 8 * 4 + 2 * i];
+            *reinterpret_cast<uint32_t*>(rows + j / 8 * (kMapBytes / 4) + i * 8 * 128 + chunk) = pack_fp16(r[0], r[1]);
+          }
+        }
+        if constexpr (kPublish) fence_global_async();  // for other blocks' copy engines
+      }
+      const int status = forgotten ? kMapForgotten : kMapStored;
+      if constexpr (kPublish) {
+        cutlass::arch::NamedBarrier::sync(128, 0);
+        cudaGridDependencySynchronize();  // the words are cleared
+      }
+      if (threadIdx.x == 0) store_release(&to.status[index * 2 + what.y], status);
+      if constexpr (kPublish) return;
+    } else {
+      if (forgotten) {
+#pragma unroll
+        for (int j = 0; j < 64; ++j) map[j / 32][j % 32] = 0.f;
+      }
+      const int64_t first = head * (kHeadDim * kHeadDim) + first_element(!p.state_v_first, row, pair);
+      store_state(map, p.map + first, !p.state_v_first);
+      store_state(offset, p.offset + first, !p.state_v_first);
     }
   }
 }
