@@ -146,8 +146,12 @@ class _Dense:
         return S
 
     def final_states(self, states: Tensor) -> Tensor:
-        states = self._rows(states)[:, -1].contiguous()
-        return states if self.last else torch.zeros_like(states)
+        states = self._rows(states)[:, -1]
+        if not self.last:
+            return states.new_zeros(states.shape)
+        # Not contiguous(), which may return what it is given: of an autograd.Function torch 2.11 compiles so that all
+        # that forward computes is an output, too, and a tensor that is two outputs passes its gradient to the last.
+        return states.clone(memory_format=torch.contiguous_format)
 
     def of_final_states(self, dS: Tensor) -> Tensor:
         if not self.last:

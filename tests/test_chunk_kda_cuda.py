@@ -192,11 +192,13 @@ def test_some_channels_of_a_head_may_forget_alone(slow: slice) -> None:
 
 
 def test_gates_of_any_speed_enter_segments() -> None:
-    """Of all chunks of a head the same, or others in each: a segment may begin to forget, and then not go on."""
+    """Of all tokens of a head the same, or of every third chunk others: wherever segments end, the last chunk of some
+    lets go of much, and those before it of nothing."""
     call = kernel_call(1100, H=12, HV=12, gate="precomputed")
-    generator = torch.Generator().manual_seed(0)
-    speeds = torch.tensor([1e-3, 0.1, 0.6, 2.0])[torch.randint(4, (69, 12), generator=generator)]
-    speeds[:, :4] = torch.tensor([1e-3, 0.1, 0.6, 2.0])
+    speeds = torch.full((69, 12), 1e-3)
+    speeds[:, :6] = torch.tensor([1e-3, 0.01, 0.1, 0.3, 0.6, 2.0])
+    for head in range(6, 12):
+        speeds[head % 3 :: 3, head] = (0.6, 0.3)[head // 9]
     call["g"][:] = -speeds.repeat_interleave(16, 0)[:1100, :, None]
     expected = reference(call)
     one = run(call | {"batch_invariant": True})

@@ -481,7 +481,7 @@ def test_the_halo_is_the_end_of_the_rank_before(world: World) -> None:
 
 
 @pytest.mark.parametrize("segments", [1, 3])
-@pytest.mark.parametrize("options", [{"B": 3}, {"cu_seqlens": [0, 2, 50, 77]}], ids=str)
+@pytest.mark.parametrize("options", [{"B": 1}, {"B": 3}, {"cu_seqlens": [0, 2, 50, 77]}], ids=str)
 def test_it_compiles_to_one_graph_for_all_values(two: World, options: dict[str, Any], segments: int) -> None:
     assert max(two.run(in_segments, segments, compiled, **options)) == 0
 

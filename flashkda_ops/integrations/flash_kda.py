@@ -39,7 +39,7 @@ __all__ = ["fwd", "install", "uninstall"]
 # An op of its own, since it writes into tensors of the caller: a copy of the output would cost a fifth of the time.
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor(a!) out, Tensor A_log, Tensor dt_bias, "
-    "float lower_bound, Tensor? initial_state=None, Tensor(b!)? final_state=None, Tensor? cu_seqlens=None) -> ()"
+    "float lower_bound, Tensor? initial_state, Tensor(b!)? final_state, Tensor? cu_seqlens=None) -> ()"
 )
 
 

@@ -147,6 +147,7 @@ def gradients(
 
 
 def backward(ctx: Any, do: Tensor | None, dht: Tensor | None, _dstates: Tensor | None) -> tuple[Tensor | None, ...]:
+    do = chunk_kda_backward.cotangent(do, ctx.saved_tensors[2])
     return (*gradients(ctx, do, dht, chunk_kda_backward.op), *[None] * (len(Arguments._fields) - 8))
 
 

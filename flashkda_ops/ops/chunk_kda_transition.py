@@ -110,9 +110,11 @@ def _backward(ctx: Any, dM: Tensor, dB: Tensor) -> tuple[Tensor | None, ...]:
     initial_state = torch.cat((torch.zeros_like(dB), identity), columns)
     needed = [bool(n) for n in ctx.needs_input_grad[:6]]
     needed += [False] * (6 - len(needed))  # trailing arguments left at their defaults are not in the list
+    values = F.pad(v, (0, K))
     _, *grads, _ = chunk_kda_backward.op(
-        None, torch.cat((dB, dM), columns), k, k, F.pad(v, (0, K)), g, beta, A_log, dt_bias, initial_state, cu_seqlens,
-        None, l2norm, gate, sigmoid, negative, lower_bound, ctx.state_v_first, False, [False, *needed, False],
+        chunk_kda_backward.cotangent(None, values), torch.cat((dB, dM), columns), k, k, values, g, beta, A_log, dt_bias,
+        initial_state, cu_seqlens, None, l2norm, gate, sigmoid, negative, lower_bound, ctx.state_v_first, False,
+        [False, *needed, False],
     )  # fmt: skip
     dk, dv, *rest = (grad if need else None for grad, need in zip(grads, needed, strict=True))
     return (dk, None if dv is None else dv[..., :V].contiguous(), *rest, *[None] * (len(Arguments._fields) - 6))
