@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <cstring>
 #include <cuda/atomic>
-#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -43,11 +42,6 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   cutlass::arch::ClusterBarrier::arrive(shared_pointer<uint64_t>(barrier));
 }
 
-// For so many that would have arrived.
-__device__ __forceinline__ void mbarrier_arrive_for(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   compiler_fence();
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(shared_pointer<uint64_t>(barrier), bytes);
@@ -63,33 +57,6 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 __device__ __forceinline__ void mbarrier_wait_patiently(uint32_t barrier, uint32_t parity) {
   while (!cutlass::arch::ClusterBarrier::try_wait(shared_pointer<uint64_t>(barrier), parity)) __nanosleep(50);
   compiler_fence();
-}
-
-// ---- between blocks of a cluster
-
-// Of the block of that rank, what lies at this address of one's own.
-__device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
-  return cute::set_block_rank(address, rank);
-}
-
-__device__ __forceinline__ void mbarrier_arrive_in_block(uint32_t barrier, uint32_t rank) {
-  compiler_fence();
-  cutlass::arch::ClusterBarrier::arrive(shared_pointer<uint64_t>(barrier), rank, 1);
-}
-
-// From shared memory, written by ordinary stores before a fence_view_async_shared, to that of another block, where its
-// bytes count on a barrier. Destination and barrier: from in_block. CuTe has no word for it.
-__device__ __forceinline__ void bulk_copy_to_block(uint32_t destination, uint32_t source, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
-      "r"(source), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
-// All threads of all blocks; those of a warp together.
-__device__ __forceinline__ void cluster_sync() {
-  __syncwarp();
-  cute::cluster_sync();
 }
 
 // ---- between blocks

@@ -21,14 +21,11 @@ struct Loader {
   uint32_t shared;
   ChunkInfo* infos;  // the first stage's
   Barriers barriers;
-  uint32_t rank = 0;  // of a pair
   Cursor<L::kStages> cursor{0};
 
   __device__ __forceinline__ ChunkInfo* next_info() const {
     mbarrier_wait_patiently(barriers.empty(cursor.stage), cursor.parity ^ 1);
-    ChunkInfo* info = reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(infos) + cursor.stage * kFactorBytes);
-    if constexpr (L::kPairs) info->number = cursor.rounds * L::kStages + cursor.stage;
-    return info;
+    return reinterpret_cast<ChunkInfo*>(reinterpret_cast<char*>(infos) + cursor.stage * kFactorBytes);
   }
 
   // With no q where the map is null.
@@ -36,14 +33,6 @@ struct Loader {
                                        int first_half) {
     const uint32_t full = barriers.full(cursor.stage);
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
-    if constexpr (L::kPairs) {
-      if (!is_own<L>(cursor, rank)) {
-        mbarrier_arrive_expect_tx(full, L::kValueTiles * kTileBytes + kSentBytes);
-        tma_load_4d(stage + L::value_offset(0), maps.v, full, first_half * 64, token, value_head, batch);
-        leave_to_other();
-        return;
-      }
-    }
     const int q_tiles = L::kQueries && maps.q ? 2 : 0;
     mbarrier_arrive_expect_tx(full, (2 + q_tiles + L::kValueTiles + (L::kWideGate ? 4 : 2)) * kTileBytes);
 #pragma unroll
@@ -71,39 +60,24 @@ struct Loader {
     cursor.advance(1);
   }
 
-  // A chunk, or an empty stage, that the other block of a pair transforms.
-  __device__ __forceinline__ void leave_to_other() {
-    mbarrier_arrive_for(barriers.ready(cursor.stage), 32);
-    mbarrier_arrive_in_block(barriers.free(cursor.stage), rank ^ 1);
-    cursor.advance(1);
-  }
-
-  // Nothing is to come of this stage.
-  __device__ __forceinline__ void leave_empty() {
-    mbarrier_arrive(barriers.full(cursor.stage));
-    if (is_own<L>(cursor, rank)) {
-      cursor.advance(1);
-    } else {
-      leave_to_other();
-    }
-  }
-
   // A stage of an item that has no chunk. Its transform warp is done with it at once and waits for the bytes of another
   // stage, where it would take those before the last for the last: those have to have come.
   __device__ __forceinline__ void skip() {
-    if constexpr (L::kStep < L::kStages) {
+    if constexpr (L::kTransformWarps < L::kStages) {
       Cursor<L::kStages> next = cursor;
-      next.advance(L::kStep);
+      next.advance(L::kTransformWarps);
       mbarrier_wait(barriers.full(next.stage), next.parity ^ 1);
     }
-    leave_empty();
+    mbarrier_arrive(barriers.full(cursor.stage));
+    cursor.advance(1);
   }
 
   // The scan leaves at the first of these; every transform warp meets one.
   __device__ __forceinline__ void finish() {
-    for (int i = 0; i < L::kStep; ++i) {
+    for (int i = 0; i < L::kTransformWarps; ++i) {
       next_info()->left = kStop;
-      leave_empty();
+      mbarrier_arrive(barriers.full(cursor.stage));
+      cursor.advance(1);
     }
   }
 };

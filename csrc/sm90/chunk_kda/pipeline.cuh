@@ -64,24 +64,18 @@ constexpr int kColumnScaleOffset = 1664;  // fp32 [16]: c, lowered
 constexpr int kChunkInfoOffset = 1728;
 constexpr int kFactorBytes = 1792;
 
-// What a block of a pair sends of a chunk: both tiles of Kd, Qd and Kr each, and all factors but the info.
-constexpr int kSentBytes = 6 * kTileBytes + kChunkInfoOffset;
-
 constexpr int kSharedBytes = 232448;
 
 // kScans warpgroups scan, 64 rows each: both halves of a value head, or one of them where blocks outnumber heads.
 // kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kMapBytes: of
 // the maps that states come through on their way into a segment, 1024-byte aligned, with a pair of barriers a half.
-// kInPairs: the blocks of both halves of a head are a cluster. Both go through the same chunks; each transforms every
-// other one, and sends what comes of it to the same stage of the other. kHasFirstRing: the stages serve another pass of
+// kHasFirstRing: the stages serve another pass of
 // the block first, with barriers of its own.
 template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144, int kMapBytes = 0,
-          bool kInPairs = false, bool kHasFirstRing = false>
+          bool kHasFirstRing = false>
 struct Layout {
   using G = Gate;
   static constexpr int kScans = kScanWarpgroups;
-  static constexpr bool kPairs = kInPairs;
-  static_assert(!kPairs || kScans == 1);
   static constexpr bool kQueries = true;
   static constexpr bool kWideGate = sizeof(G) == 4;
   static constexpr int kValueTiles = kScans;
@@ -97,23 +91,18 @@ struct Layout {
   static constexpr int kMapBarrierBytes = kMapBytes > 0 ? 4 * 8 : 0;
   static constexpr int kHandoverBytes = kHasFirstRing ? 8 : 0;
   static constexpr int kAlignment = 1024;
-  // As many stages as there is room for. Of pairs an odd number: a stage then takes turns between chunks of one's own
-  // and those of the other block, which is done with what was sent from there before.
-  static constexpr int kRingBarriers = kPairs ? 4 : 3;
-  static constexpr int kStageBarriers = kRingBarriers + (kHasFirstRing ? 3 : 0);
-  static constexpr int kRoom =
+  // As many stages as there is room for.
+  static constexpr int kStageBarriers = kHasFirstRing ? 6 : 3;
+  static constexpr int kStages =
       (kSharedBytes - kMapBytes - kMapBarrierBytes - kHandoverBytes - kBiasBytes - kAllOutputBytes - kAlignment) /
       (kStageBytes + kFactorBytes + kStageBarriers * 8);
-  static constexpr int kStages = kPairs ? (kRoom - 1) / 2 * 2 + 1 : kRoom;
-  // From one chunk of a transform warp to its next one.
-  static constexpr int kTransformWarps = std::min(kOtherWarps, kPairs ? kStages / 2 : kStages);
-  static constexpr int kStep = kPairs ? 2 * kTransformWarps : kTransformWarps;
+  static constexpr int kTransformWarps = std::min(kOtherWarps, kStages);
   static constexpr int kMaps = kStages * kStageBytes;
   static constexpr int kFactors = kMaps + kMapBytes;
   static constexpr int kBias = kFactors + kStages * kFactorBytes;
   static constexpr int kOutput = kBias + kBiasBytes;
   static constexpr int kBarriers = kOutput + kAllOutputBytes;
-  static constexpr int kFirstBarriers = kBarriers + kRingBarriers * 8 * kStages;
+  static constexpr int kFirstBarriers = kBarriers + 3 * 8 * kStages;
   static constexpr int kHandover = kBarriers + kStageBarriers * 8 * kStages;
   static constexpr int kMapBarriers = kHandover + kHandoverBytes;
   static constexpr int kBytes = kMapBarriers + kMapBarrierBytes + kAlignment;
@@ -148,7 +137,6 @@ struct ChunkInfo {
   int chunks;  // of kStates and kTransition: chunks of the item; of padding: tokens
   int tile;    // of kStates: the item's first
   int item;    // of kTransition: how many items came before in this block
-  int number;  // of pairs: how many stages came before
   // Of a prefill's first chunk: where the state of its value head comes from, and where it goes behind the run's last.
   const void* initial_state;  // null for zero
   void* final_state;          // null for nowhere
@@ -176,19 +164,12 @@ constexpr float kLowestLogDecay = -10.f;
 //   empty  the scan warps, every lane                 -> the loader
 // One lane could arrive for its warp behind a __syncwarp; every lane arriving costs no time, and race detectors follow
 // it.
-//
-// Of pairs, at a chunk that the other block transforms:
-//   full   the loader's thread, TMA's bytes of v and those that the other block sends  -> the scan warps
-//   ready  the loader's thread, at once                                                -> nobody
-//   free   the other block's loader, when its stage is free                            -> the transform warp here, at a
-//          chunk of one's own, before it sends
 struct Barriers {
   uint32_t base;
   int stages;
   __device__ uint32_t full(int stage) const { return base + 8 * stage; }
   __device__ uint32_t ready(int stage) const { return base + 8 * (stages + stage); }
   __device__ uint32_t empty(int stage) const { return base + 8 * (2 * stages + stage); }
-  __device__ uint32_t free(int stage) const { return base + 8 * (3 * stages + stage); }
 };
 
 // Position in the ring.
@@ -196,23 +177,15 @@ template <int kStages>
 struct Cursor {
   int stage;
   uint32_t parity = 0;
-  uint32_t rounds = 0;
   __device__ explicit Cursor(int start) : stage(start) {}
   __device__ void advance(int by) {
     stage += by;
     if (stage >= kStages) {
       stage -= kStages;
       parity ^= 1;
-      ++rounds;
     }
   }
 };
-
-// Whose turn it is to transform, of a pair. Chunks of a stage take turns, too, so `free` has a phase every other round.
-template <typename L>
-__device__ __forceinline__ bool is_own(const Cursor<L::kStages>& cursor, uint32_t rank) {
-  return !L::kPairs || ((uint32_t(cursor.stage) ^ cursor.parity ^ rank) & 1) == 0;
-}
 
 // What a block's roles start from. Made by all threads.
 template <typename L>
@@ -228,14 +201,9 @@ struct Block {
         barriers{shared + L::kBarriers, L::kStages} {
     if (threadIdx.x == 0) {
       init(barriers, scan_threads);
-      for (int stage = 0; L::kPairs && stage < L::kStages; ++stage) mbarrier_init(barriers.free(stage), 1);
       cutlass::arch::fence_barrier_init();
     }
-    if constexpr (L::kPairs) {
-      cluster_sync();
-    } else {
-      __syncthreads();
-    }
+    __syncthreads();
   }
 
   // Of one thread.
@@ -272,27 +240,19 @@ cudaError_t allow_shared_bytes(int shared_bytes) {
 
 // One grid of a kernel that runs the pipeline. With overlap the launch need not wait for the kernel before.
 template <auto kKernel, typename Arguments>
-cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream,
-                            bool pairs = false) {
+cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
   const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2] = {};
-  int count = 0;
-  if (overlap) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (pairs) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {2, 1, 1};
-  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kKernel, arguments);
 }
 

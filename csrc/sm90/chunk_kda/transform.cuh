@@ -67,20 +67,10 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
   GateFunction gate(p);
   int bias_head = -1;
 
-  const uint32_t other = L::kPairs ? cute::block_rank_in_cluster() ^ 1 : 0;
-  [[maybe_unused]] int number = cursor.stage;
-  for (;; cursor.advance(L::kStep)) {
+  for (;; cursor.advance(L::kTransformWarps)) {
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
-    if constexpr (L::kPairs) {
-      // While what the other block sends of the chunk before in this stage is on its way, the wait is over at once.
-      while (load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, number)) != number) {
-        __nanosleep(20);
-        mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
-      }
-      number += L::kStep;
-    }
     const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
     const int left = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, left));
     if (left <= 0) {  // an empty sequence, or the end
@@ -385,16 +375,6 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
     mbarrier_arrive(barriers.ready(cursor.stage));
-    if constexpr (L::kPairs) {
-      mbarrier_wait(barriers.free(cursor.stage), cursor.rounds / 2 % 2);
-      if (lane == 0) {
-        const uint32_t full = in_block(barriers.full(cursor.stage), other);
-        bulk_copy_to_block(in_block(stage, other), stage, 4 * kTileBytes, full);
-        bulk_copy_to_block(in_block(stage + L::kGateOffset, other), stage + L::kGateOffset, 2 * kTileBytes, full);
-        bulk_copy_to_block(in_block(factors, other), factors, kChunkInfoOffset, full);
-      }
-      __syncwarp();
-    }
   }
 }
 

@@ -120,7 +120,7 @@ __device__ void load(const Arguments& arguments, const Block<L>& block) {
   const int items = p.sequences * p.value_heads * (3 - L::kScans) * arguments.segmented.segments;
   const int group = p.value_heads / p.heads;
   int* ticket = static_cast<int*>(p.workspace);
-  Loader<L> loader{block.shared, block.infos(), block.barriers, L::kPairs ? cute::block_rank_in_cluster() : 0};
+  Loader<L> loader{block.shared, block.infos(), block.barriers};
   const Maps maps{&arguments.q, &arguments.k, &arguments.v, &arguments.g};
 
   if constexpr (!kSegments) cudaGridDependencySynchronize();  // the plan

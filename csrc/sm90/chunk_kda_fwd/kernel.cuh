@@ -26,7 +26,7 @@ using PrefillLayout = Layout<G, kScans, kOutputBytes,
                              kCut == Cut::kMapsFirst   ? 208
                              : kCut == Cut::kMapsAhead ? 152
                                                        : 144,
-                             kCut == Cut::kWhole ? 0 : kMapBytes, kScans == 1, kCut == Cut::kMapsFirst>;
+                             kCut == Cut::kWhole ? 0 : kMapBytes, kCut == Cut::kMapsFirst>;
 
 // One prefill, in segments or not. Barriers and roles: chunk_kda/pipeline.cuh.
 template <typename T, typename G, bool kBounded, int kScans, Cut kCut>
@@ -68,13 +68,12 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
       }
     }
     if (role < L::kTransformWarps) {
-      Cursor<L::kStages> cursor(L::kPairs ? 2 * role + cute::block_rank_in_cluster() : role);
+      Cursor<L::kStages> cursor(role);
       transform<T, L, kBounded, Pass::kPrefill>(arguments.p, block.shared, bias, block.barriers, cursor);
     } else if (role == L::kOtherWarps && threadIdx.x % 32 == 0) {
       load<L, kCut>(arguments, block);
     }
   }
-  if constexpr (L::kPairs) cluster_sync();  // nothing is on its way to a block that has left
 }
 
 // Of whole sequences, or ahead of a prefill in segments.
@@ -135,9 +134,8 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
   const auto launch_prefill = [&](auto cut, bool overlap) {
     constexpr Cut kCut = decltype(cut)::value;
-    using L = PrefillLayout<G, kScans, kCut>;
     return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kScans, kCut>>(
-        arguments, L::kPairs ? plan.grid / 2 * 2 : plan.grid, L::kBytes, overlap, stream, L::kPairs);
+        arguments, plan.grid, PrefillLayout<G, kScans, kCut>::kBytes, overlap, stream);
   };
   // A packed call's overlaps with its plan.
   if (plan.cut == Cut::kWhole) return launch_prefill(std::integral_constant<Cut, Cut::kWhole>{}, p.cu_seqlens);

@@ -77,12 +77,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
   uint32_t copy[32];
   if constexpr (kSegments) cudaGridDependencySynchronize();  // the transitions
   Cursor<L::kStages> cursor(0);
-  [[maybe_unused]] const uint32_t rank = L::kPairs ? cute::block_rank_in_cluster() : 0;
-  const auto wait_for_chunk = [&] {
-    const bool own = is_own<L>(cursor, rank);
-    mbarrier_wait(own ? barriers.ready(cursor.stage) : barriers.full(cursor.stage), cursor.parity);
-  };
-  wait_for_chunk();
+  mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
     const uint4 where = load_shared<uint4>(info);
@@ -158,10 +153,6 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
                              load_shared<float2>(factors + kColumnScaleOffset + 32)};
         float v[8];
         unpack(v, v_bits, T{});
-        if (L::kPairs && left < kChunk) {  // rows past the end, of which the other block clears its own
-#pragma unroll
-          for (int i = 0; i < 8; ++i) v[i] = pair + i / 4 * 8 + i % 2 < left ? v[i] : 0.f;
-        }
         cute::warpgroup_wait<0>();
 
         // U and the rest of O begin with W and with Qd S^T.
@@ -196,7 +187,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
         stmatrix_x4_trans(o_matrix, o_bits);
         __syncwarp();
         if (left > kChunk) {
-          wait_for_chunk();
+          mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
           float4 d0[4], d1[4];
           load_decays(d0, pair_decays + cursor.stage * kFactorBytes, 0);
           cute::warpgroup_wait<1>();
@@ -220,7 +211,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
         store_state(state, reinterpret_cast<float*>(final), p.state_v_first);
       }
     }
-    wait_for_chunk();
+    mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   }
 
   // Rows outside every sequence.

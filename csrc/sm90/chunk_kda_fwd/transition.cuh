@@ -86,15 +86,12 @@ struct Verdict {
   __device__ uint32_t sums(int turn) const { return address + 16 + turn * 16; }
 };
 
-// Of a pass over transitions: v lies where q would, which they do not need, and each block transforms for itself.
+// v lies where q would: a transition needs none.
 template <typename L>
 struct TransitionStage : L {
   static constexpr bool kQueries = false;
   static constexpr int kValueTiles = 2;
   __host__ __device__ static constexpr int value_offset(int tile) { return kQueryOffset + tile * 4096; }
-  static constexpr bool kPairs = false;
-  static constexpr int kTransformWarps = std::min(L::kOtherWarps, L::kStages);
-  static constexpr int kStep = kTransformWarps;
 };
 
 // An item's chunks, from the last to the first. `count`: of the block's items before it.
