@@ -69,8 +69,7 @@ constexpr int kSharedBytes = 232448;
 // kScans warpgroups scan, 64 rows each: both halves of a value head, or one of them where blocks outnumber heads.
 // kOutputBytes: what a warp of the scan has for what it stores. kScanThreadRegisters: of a scan thread. kMapBytes: of
 // the maps that states come through on their way into a segment, 1024-byte aligned, with a pair of barriers a half.
-// kHasFirstRing: the stages serve another pass of
-// the block first, with barriers of its own.
+// kHasFirstRing: the stages serve another pass of the block first, with barriers of its own.
 template <typename Gate, int kScanWarpgroups, int kOutputBytes, int kScanThreadRegisters = 144, int kMapBytes = 0,
           bool kHasFirstRing = false>
 struct Layout {
