@@ -232,22 +232,6 @@ def host() -> str:
     return table(header, rows) + "".join(source(record) for record in records)
 
 
-def distributed() -> str:
-    """A regime and direction a row: graph replays of one GPU, and of all by tokens and by heads."""
-    record = load("distributed-h100")
-    cells: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in record["rows"]:
-        cells.setdefault((row["shape"], row["regime"], row["direction"]), {})[row["mode"]] = row
-    rows = []
-    for (shape, regime, direction), modes in cells.items():
-        line = [shape, regime, direction.replace("_", " and "), f"{modes['one']['graph_us']:.0f}"]
-        for mode in ("context_parallel", "tensor_parallel"):
-            line.append(f"{modes[mode]['graph_us']:.0f} ({modes[mode]['times_one_graph']:.2f}x)")
-        rows.append([*line, *(f"{modes[mode]['error']:.1e}" for mode in ("context_parallel", "tensor_parallel"))])
-    header = ["shape", "gates", "us", "one GPU", f"{record['ranks']} GPUs, context parallel", "tensor parallel"]
-    return table([*header, "difference to one GPU", "tensor parallel's"], rows) + source(record)
-
-
 def model() -> str:
     """A case a row: tokens a second of each implementation, and for those that are compiled the graph breaks."""
     record = load("model-h100")
