@@ -11,7 +11,7 @@ A train step is forward, backward and a fused AdamW. Implementations are measure
 switched in between; each time is a whole step with its host time. On a CPU, where fla's kernels do not run, the last
 two run at a small size.
 
-    python benchmarks/bench_model.py
+    python benchmarks/bench_model.py [--impls "enable(compile=True)" convert] [--runs 20]
 """
 
 from __future__ import annotations
@@ -119,14 +119,16 @@ def decode(impl: str, sequences: int, runs: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=20 if ON_GPU else 3)
-    runs = parser.parse_args().runs
+    impls = IMPLS if ON_GPU else IMPLS[3:]
+    parser.add_argument("--impls", nargs="+", default=impls, choices=impls, metavar="IMPL", help=", ".join(impls))
+    args = parser.parse_args()
     rows = []
     print("phase   sequences  tokens  implementation            step, us   tokens/s  breaks")
-    for impl in IMPLS if ON_GPU else IMPLS[3:]:
+    for impl in args.impls:
         cases = [("train", train, shape) for shape in TRAIN] + [("decode", decode, (n,)) for n in DECODE]
         for phase, function, shape in cases:
             try:
-                row = {"impl": impl, "sequences": shape[0], **function(impl, *shape, runs)}  # type: ignore[operator]
+                row = {"impl": impl, "sequences": shape[0], **function(impl, *shape, args.runs)}  # type: ignore[operator]
             except Exception as problem:
                 if impl != "fla compiled":
                     raise
