@@ -13,13 +13,15 @@ are. A rank of ``distributed.context_parallel`` is to the next what a segment is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Gates", "Layout", "applied", "composed", "count", "entered", "gradients", "layout"]
+from flashkda_ops.validation import Sizes
+
+__all__ = ["Gates", "Layout", "applied", "composed", "count", "entered", "gradients", "layout", "of_call"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,6 +83,16 @@ def count(heads: int, T: int, shortest: int = SHORTEST) -> int:
     return max(1, min(BLOCKS // max(1, heads), T // shortest))
 
 
+# Where maps cost less than they save (docs/kernel_notes.md): not with fewer tokens a segment, nor with fewer segments.
+_SHORTEST_OF_CALL, _FEWEST_OF_CALL = 4096, 8
+
+
+def of_call(s: Sizes) -> int:
+    """In how many segments the kernels take a call of one device. Shapes alone decide."""
+    n = count(s.N * s.HV, s.T, _SHORTEST_OF_CALL)
+    return n if n >= _FEWEST_OF_CALL else 1
+
+
 class Gates(NamedTuple):
     """What a transition is made of, apart from the tokens."""
 
@@ -91,6 +103,19 @@ class Gates(NamedTuple):
     sigmoid: bool
     negative: bool
     lower_bound: float | None
+
+    @classmethod
+    def of(cls, call: Any) -> Gates:
+        """From the arguments of an op, by their names."""
+        return cls(
+            call.A_log,
+            call.dt_bias,
+            call.use_qk_l2norm_in_kernel,
+            call.use_gate_in_kernel,
+            call.use_beta_sigmoid_in_kernel,
+            call.allow_neg_eigval,
+            call.lower_bound,
+        )
 
 
 def _transition(tokens: Sequence[Tensor], cu_seqlens: Tensor | None, o: Gates) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Gradients of sequences cut in segments, on one device. Over ranks: ``test_context_parallel.py``."""
+"""Sequences cut in segments, on one device. Over ranks: ``test_context_parallel.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from helpers import DIFFERENTIABLE, Call, error, kernel_call, make_call
 from torch import Tensor
 
-from flashkda_ops.ops import chunk_kda_backward
+from flashkda_ops import segments
+from flashkda_ops.ops import chunk_kda, chunk_kda_backward
 from flashkda_ops.validation import Sizes
 
 
@@ -68,9 +69,39 @@ def test_segments_change_no_gradient(n: int, options: dict[str, Any], cotangents
             assert x is not None and error(x, y) < 1e-11, name
 
 
+PACKED = [
+    {"cu_seqlens": [0, 5, 5, 30, 35]},
+    {"cu_seqlens": [2, 5, 30, 30], "initial_state": True, "state_v_first": True, "gate": "unbounded"},
+    {"cu_seqlens": [0, 37], "initial_state": True, "gate": "precomputed", "beta": "negative eigenvalues"},
+]
+
+
+@pytest.mark.parametrize("options", PACKED, ids=str)
+@pytest.mark.parametrize("n", [2, 5])
+def test_segments_change_no_output(n: int, options: dict[str, Any]) -> None:
+    call = make_call(37, dtype=torch.float64, **options)
+    for output_final_state in (False, True):
+        a = chunk_kda.Arguments(**call, output_final_state=output_final_state)
+        (o, state, _), (o_expected, state_expected, _) = chunk_kda._in_segments(a, n), chunk_kda.run(a)
+        assert error(o, o_expected) < 1e-11
+        assert (state is None) == (not output_final_state)
+        assert state is None or error(state, state_expected) < 1e-11
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_malformed_cu_seqlens_makes_pieces_in_bounds(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    T, N, n = 37, 1 + seed % 5, 2 + seed % 4
+    cu_seqlens = torch.randint(-20, 60, (N + 1,), generator=generator)
+    layout = segments.layout(torch.empty(1, T, 1, 1), cu_seqlens, n)
+    assert isinstance(layout, segments._Packed)
+    for pieces in (layout.cu_seqlens, layout.parts):
+        assert int(pieces.min()) >= 0 and int(pieces.max()) <= T and bool((pieces.diff() >= 0).all())
+
+
 def test_only_long_sequences_of_few_heads_run_in_segments() -> None:
     def n(T: int, HV: int, N: int = 1) -> int:
-        return chunk_kda_backward._segments(Sizes(N=N, B=1, T=T, H=HV, HV=HV, K=128, V=128))
+        return segments.of_call(Sizes(N=N, B=1, T=T, H=HV, HV=HV, K=128, V=128))
 
     assert [n(T, 16) for T in (4096, 32767, 32768, 131072, 1 << 20)] == [1, 1, 8, 8, 8]
     assert [n(131072, HV) for HV in (1, 4, 8, 16, 17, 64)] == [32, 32, 16, 8, 1, 1]
@@ -81,7 +112,7 @@ def test_only_long_sequences_of_few_heads_run_in_segments() -> None:
 @pytest.mark.parametrize("options", [{}, {"cu_seqlens": [0, 9000, 31000]}, {"state_v_first": True, "H": 1}], ids=str)
 def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
     call = kernel_call(32768, **{"H": 2, "HV": 2} | options)
-    assert chunk_kda_backward._segments(sizes(call)) >= 8
+    assert segments.of_call(sizes(call)) >= 8
     a = arguments(call)
     expected = chunk_kda_backward.op(*a._replace(batch_invariant=True))
     results = chunk_kda_backward.op(*a)
@@ -91,3 +122,35 @@ def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
         assert not torch.equal(x, y), name
         # A_log's are sums over all tokens, of two heads here, and lose digits.
         assert error(x, y) < (6e-2 if name == "A_log" else 1e-2), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{"initial_state": False}, {"state_v_first": True, "gate": "unbounded"}, {"slow_heads": 2}], ids=str
+)
+def test_packed_outputs_in_segments_are_as_close(options: dict[str, Any]) -> None:
+    call = kernel_call(32768, H=2, HV=2, cu_seqlens=[0, 9000, 9000, 31000], **options)
+    a = chunk_kda.Arguments(**call, output_final_state=True)
+    assert segments.of_call(sizes(call)) >= 8
+    expected, results, again = (chunk_kda.op(*x) for x in (a._replace(batch_invariant=True), a, a))
+    for x, y, z in zip(results[:2], expected[:2], again[:2], strict=True):
+        assert torch.equal(x, z) and not torch.equal(x, y)
+        assert error(x, y) < 1e-2
+    assert (results[0][:, 31000:] == 0).all()
+
+
+@pytest.mark.gpu
+def test_captured_segments_replay_with_other_sequences() -> None:
+    call = kernel_call(32768, H=2, HV=2, cu_seqlens=[0, 9000, 31000])
+    a = chunk_kda.Arguments(**call, output_final_state=True)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        chunk_kda.op(*a)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = chunk_kda.op(*a)
+    for cu_seqlens in ([0, 1, 32768], [0, 20000, 20000], [100, 4096, 8192], [0, -5, 40000], [7, 3, 1]):
+        call["cu_seqlens"].copy_(torch.tensor(cu_seqlens))
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(results, chunk_kda.op(*a), strict=True))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashkda_ops import cuda, portable
+from flashkda_ops import cuda, portable, segments
 from flashkda_ops.ops import chunk_kda_backward, plans
 from flashkda_ops.ops.plans import Plan
 from flashkda_ops.validation import (
@@ -83,11 +83,26 @@ def run(a: Arguments) -> _Computed:
             *a[:9], options, state_v_first=a.state_v_first, checkpoint_interval=a.checkpoint_interval
         )
         return o, state if a.output_final_state else None, states
+    if a.cu_seqlens is not None and not a.batch_invariant:  # of a dense call the kernel makes segments itself
+        n = segments.of_call(sizes)
+        if n > 1:
+            return _in_segments(a, n)
     o, final_state = torch.empty_like(a.v, memory_format=torch.contiguous_format), None
     if a.output_final_state:
         final_state = o.new_empty(*state_shape(sizes, sizes.N, a.state_v_first), dtype=torch.float32)
     cuda.chunk_kda(kernel, o, final_state, a[:9], batch_invariant=a.batch_invariant)
     return o, final_state, None
+
+
+@torch.no_grad()
+def _in_segments(a: Arguments, n: int) -> _Computed:
+    """A packed call, its row cut in ``n`` segments side by side."""
+    layout = segments.layout(a.q, a.cu_seqlens, n)
+    with torch.autocast(a.q.device.type, enabled=False):  # maps are composed in fp32
+        _, initial = segments.entered(layout, a[1:5], segments.Gates.of(a), a.initial_state, a.state_v_first)
+        pieces = a._replace(initial_state=initial, cu_seqlens=layout.cu_seqlens, batch_invariant=True, validate=False)
+        o, final_states, _ = op(*pieces)
+    return o, layout.final_states(final_states) if a.output_final_state else None, None
 
 
 @torch.library.custom_op("flashkda::chunk_kda", mutates_args=(), schema=SCHEMA)

@@ -107,7 +107,7 @@ def _compute(a: Arguments, plan: Plan) -> Sequence[Tensor | None]:
             return portable.chunk_kda_backward(*a[:11], plan.options, state_v_first=a.state_v_first)
         dh0 = portable.initial_state_gradient(*a[:9], a.cu_seqlens, plan.options, state_v_first=a.state_v_first)
         return [*[None] * 7, dh0]
-    n = 1 if a.batch_invariant else _segments(plan.sizes)
+    n = 1 if a.batch_invariant else segments.of_call(plan.sizes)
     if n > 1:
         return _in_segments(a, plan.sizes, n)
     grads = [
@@ -118,16 +118,6 @@ def _compute(a: Arguments, plan: Plan) -> Sequence[Tensor | None]:
     return grads
 
 
-# Where maps cost less than they save (docs/kernel_notes.md): not with fewer tokens a segment, nor with fewer segments.
-_SHORTEST, _FEWEST = 4096, 8
-
-
-def _segments(s: Sizes) -> int:
-    """In how many segments a call runs. Shapes alone decide."""
-    n = segments.count(s.N * s.HV, s.T, _SHORTEST)
-    return n if n >= _FEWEST else 1
-
-
 @torch.no_grad()
 def _in_segments(a: Arguments, s: Sizes, n: int) -> Sequence[Tensor | None]:
     """The same, ``n`` segments side by side: the scans of one long sequence of few heads leave most of a GPU idle."""
@@ -135,19 +125,11 @@ def _in_segments(a: Arguments, s: Sizes, n: int) -> Sequence[Tensor | None]:
     do = None if a.do is None else layout.tokens(a.do)
     tokens = [layout.tokens(x) for x in a[2:7]]
     parameters = (a.A_log, a.dt_bias)
-    gates = segments.Gates(
-        *parameters,
-        a.use_qk_l2norm_in_kernel,
-        a.use_gate_in_kernel,
-        a.use_beta_sigmoid_in_kernel,
-        a.allow_neg_eigval,
-        a.lower_bound,
-    )
     dht = a.dht
     if dht is None:
         dht = a.q.new_zeros(state_shape(s, s.N, a.state_v_first), dtype=state_dtype(a.q))
     with torch.autocast(a.q.device.type, enabled=False):  # maps are composed in fp32
-        M, initial = segments.entered(layout, tokens[1:], gates, a.initial_state, a.state_v_first)
+        M, initial = segments.entered(layout, tokens[1:], segments.Gates.of(a), a.initial_state, a.state_v_first)
         grads = segments.gradients(layout, do, dht, (*tokens, *parameters), initial, M, a[11:18], a.output_mask)
     # Rows of a dense batch lie behind each other in the layout.
     wanted = zip(grads, a[2:10], a.output_mask, strict=True)
