@@ -116,6 +116,23 @@ def rows(call: Call, start: int, end: int | None = None) -> Call:
     return {**call, **{name: call[name][:, start:end] for name in TOKENS}}
 
 
+DEFAULTS = {
+    "A_log": None, "dt_bias": None, "initial_state": None, "cu_seqlens": None, "scale": None,
+    "use_gate_in_kernel": False, "lower_bound": None, "state_v_first": False, "batch_invariant": False,
+}  # fmt: skip
+"""What a call may leave out of the arguments of ``flashkda::chunk_kda_backward``."""
+
+
+def cotangents(call: Call, seed: int = 7) -> tuple[Tensor, Tensor]:
+    """Random ones of the output and the final state, the same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    v, K, cu_seqlens = call["v"], call["q"].shape[3], call.get("cu_seqlens")
+    N, (HV, V) = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, v.shape[2:]
+    state = (N, HV, V, K) if call.get("state_v_first") else (N, HV, K, V)
+    do, dht = (torch.randn(shape, generator=generator).bfloat16() for shape in (v.shape, state))
+    return do.to(v.device, v.dtype), dht.to(v.device, torch.promote_types(v.dtype, torch.float32))
+
+
 def requiring_grad(call: Call, names: tuple[str, ...] = DIFFERENTIABLE) -> Call:
     """The call with leaves of their own, as far as it has them, in place of the named arguments."""
     return {**call, **{name: call[name].detach().clone().requires_grad_() for name in names if name in call}}

@@ -11,10 +11,12 @@ import pytest
 import torch
 from helpers import (
     BETAS,
+    DEFAULTS,
     DIFFERENTIABLE,
     GATES,
     TOKENS,
     Call,
+    cotangents,
     error,
     kernel_call,
     random_cu_seqlens,
@@ -32,20 +34,6 @@ pytestmark = pytest.mark.gpu
 
 TOLERANCE = 1.2e-2
 """Of the worst head. Operands are bf16, and so are the states and their gradients at the borders of tiles."""
-
-DEFAULTS = {
-    "A_log": None, "dt_bias": None, "initial_state": None, "cu_seqlens": None, "scale": None,
-    "use_gate_in_kernel": False, "lower_bound": None, "state_v_first": False, "batch_invariant": False,
-}  # fmt: skip
-
-
-def cotangents(call: Call, seed: int = 7) -> tuple[Tensor, Tensor]:
-    """Random ones of the output and the final state, the same numbers in every dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    v, cu_seqlens = call["v"], call.get("cu_seqlens")
-    N, HV = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, v.shape[2]
-    do, dht = (torch.randn(shape, generator=generator).bfloat16() for shape in (v.shape, (N, HV, 128, 128)))
-    return do.to(v.device, v.dtype), dht.to(v.device, torch.promote_types(v.dtype, torch.float32))
 
 
 def run(call: Call, do: Tensor | None, dht: Tensor | None, names: tuple[str, ...] = DIFFERENTIABLE) -> list[Tensor]:

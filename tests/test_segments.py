@@ -6,44 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DIFFERENTIABLE, Call, error, kernel_call, make_call
-from torch import Tensor
+from helpers import DEFAULTS, DIFFERENTIABLE, Call, cotangents, error, kernel_call, make_call
 
 from flashkda_ops import segments
 from flashkda_ops.ops import chunk_kda, chunk_kda_backward
-from flashkda_ops.validation import Sizes
+from flashkda_ops.validation import Sizes, validate_tokens
 
 
-def arguments(call: Call, cotangents: str = "both") -> chunk_kda_backward.Arguments:
-    generator = torch.Generator().manual_seed(7)
-    v, cu_seqlens = call["v"], call.get("cu_seqlens")
-    N = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    K, HV, V = call["q"].shape[3], *v.shape[2:]
-
-    def randn(like: str, *shape: int) -> Tensor | None:
-        wide = v.dtype if like == "v" else torch.promote_types(v.dtype, torch.float32)
-        return torch.randn(*shape, generator=generator).to(v.device, wide)
-
+def arguments(call: Call, given: str = "both") -> chunk_kda_backward.Arguments:
+    """Of the backward pass, with the cotangents that are given."""
+    do, dht = cotangents(call)
     return chunk_kda_backward.Arguments(
-        **dict.fromkeys(chunk_kda_backward.Arguments._fields, None)
-        | {"use_gate_in_kernel": False, "state_v_first": False, "batch_invariant": False}
+        **DEFAULTS
         | call
-        | {"do": randn("v", *v.shape) if cotangents != "final state" else None}
-        | {
-            "dht": randn("state", N, HV, *((V, K) if call.get("state_v_first") else (K, V)))
-            if cotangents != "o"
-            else None
-        }
+        | {"do": do if given != "final state" else None, "dht": dht if given != "o" else None}
         | {"output_mask": [call.get(name) is not None for name in DIFFERENTIABLE]}
     )
 
 
 def sizes(call: Call) -> Sizes:
-    (B, T, H, K), (HV, V) = call["q"].shape, call["v"].shape[2:]
-    return Sizes(N=B if call.get("cu_seqlens") is None else len(call["cu_seqlens"]) - 1, B=B, T=T, H=H, HV=HV, K=K, V=V)
+    return validate_tokens(chunk_kda.Arguments(**call))
 
 
-@pytest.mark.parametrize("cotangents", ["both", "o", "final state"])
+@pytest.mark.parametrize("given", ["both", "o", "final state"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -57,9 +42,9 @@ def sizes(call: Call) -> Sizes:
     ids=str,
 )
 @pytest.mark.parametrize("n", [2, 5])
-def test_segments_change_no_gradient(n: int, options: dict[str, Any], cotangents: str) -> None:
+def test_segments_change_no_gradient(n: int, options: dict[str, Any], given: str) -> None:
     call = make_call(37, dtype=torch.float64, **options)
-    a = arguments(call, cotangents)
+    a = arguments(call, given)
     expected = chunk_kda_backward.op(*a)
     results = chunk_kda_backward._in_segments(a, sizes(call), n)
     for name, x, y in zip(DIFFERENTIABLE, results, expected, strict=True):

@@ -74,7 +74,7 @@ def plan(a: Arguments) -> Plan:
 
 def run(a: Arguments) -> _Computed:
     """The op, with None for what was not asked for: by the kernel where it serves the call, or on the portable path."""
-    sizes, options, kernel = plan(a)
+    sizes, options, kernel, n = plan(a)
     validate_checkpoint_interval(a.checkpoint_interval)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
@@ -83,10 +83,8 @@ def run(a: Arguments) -> _Computed:
             *a[:9], options, state_v_first=a.state_v_first, checkpoint_interval=a.checkpoint_interval
         )
         return o, state if a.output_final_state else None, states
-    if a.cu_seqlens is not None and not a.batch_invariant:  # of a dense call the kernel makes segments itself
-        n = segments.of_call(sizes)
-        if n > 1:
-            return _in_segments(a, n)
+    if n > 1 and a.cu_seqlens is not None and not a.batch_invariant:  # the kernel cuts dense calls itself
+        return _in_segments(a, n)
     o, final_state = torch.empty_like(a.v, memory_format=torch.contiguous_format), None
     if a.output_final_state:
         final_state = o.new_empty(*state_shape(sizes, sizes.N, a.state_v_first), dtype=torch.float32)

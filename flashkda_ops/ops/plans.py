@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flashkda_ops import cuda
+from flashkda_ops import cuda, segments
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import Sizes, validate_state, validate_tokens
 
@@ -21,11 +21,15 @@ _MOST = 1024
 
 
 class Plan(NamedTuple):
-    """Of a valid call: its sizes, its options, and what to launch where the kernels serve it."""
+    """Of a valid call: its sizes, its options, and what to launch where the kernels serve it.
+
+    ``segments``: in how many the kernels take it, where sequences need not be left whole.
+    """
 
     sizes: Sizes
     options: KdaOptions
     kernel: cuda.ChunkPlan | None
+    segments: int
 
 
 class _Call(NamedTuple):
@@ -76,4 +80,5 @@ def _make(call: _Call) -> Plan:
     validate_state("initial_state", call.initial_state, call.q, sizes, call.state_v_first)
     options = KdaOptions.of(call)
     served = call.q.is_cuda and cuda.chunk_kda_reason(*call[:9]) is None
-    return Plan(sizes, options, cuda.chunk_plan(*call[:9], options, call.state_v_first) if served else None)
+    kernel = cuda.chunk_plan(*call[:9], options, call.state_v_first) if served else None
+    return Plan(sizes, options, kernel, segments.of_call(sizes))
