@@ -79,6 +79,7 @@ def _make(call: _Call) -> Plan:
     sizes = validate_tokens(call)
     validate_state("initial_state", call.initial_state, call.q, sizes, call.state_v_first)
     options = KdaOptions.of(call)
-    served = call.q.is_cuda and cuda.chunk_kda_reason(*call[:9]) is None
-    kernel = cuda.chunk_plan(*call[:9], options, call.state_v_first) if served else None
+    if not call.q.is_cuda or cuda.chunk_kda_reason(*call[:9]) is not None:
+        return Plan(sizes, options, None, 1)
+    kernel = cuda.chunk_plan(*call[:9], options, call.state_v_first)
     return Plan(sizes, options, kernel, segments.of_call(sizes))
