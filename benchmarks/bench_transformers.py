@@ -5,11 +5,12 @@ prefill and training by ``torch.compile``, ``generate`` by transformers itself, 
 cache is static. Both implementations run in one process, in turn, in the same model with random weights; they
 differ in the two functions that the integration replaces. Without a GPU the sizes are tiny and fla is left out.
 
-    python benchmarks/bench_transformers.py
+    python benchmarks/bench_transformers.py [--modes eager compiled]
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import time
 from collections.abc import Callable
@@ -112,12 +113,20 @@ def served(functions: list[Callable[..., Any]], call: Callable[[], Any]) -> Call
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="KDA models of transformers")
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    chosen = parser.parse_args().modes
     transformers.logging.set_verbosity_error()
     model, impls = make_model(), implementations()
     breaks = torch._dynamo.utils.counters["graph_break"]
     rows: list[dict[str, Any]] = []
+    sizes = {"batch": BATCH, "tokens": TOKENS, "sequences": SEQUENCES, "prompt": PROMPT, "new_tokens": NEW}
+    sizes |= {"hidden": WIDTH, "heads": HEADS, "head_dim": HEAD_DIM, "layers": 4, "experts": EXPERTS}
+    peers = {"fla": version("fla-core"), "transformers": version("transformers")}
     for phase, (tokens, *modes) in phases(model).items():
         for mode, call in zip(("eager", "compiled"), modes, strict=True):
+            if mode not in chosen:
+                continue
             calls, records, outputs = {}, {}, {}
             for impl, functions in impls.items():
                 breaks.clear()
@@ -141,10 +150,10 @@ def main() -> None:
                     f"{phase:9} {mode:8} {impl:13} {rows[-1]['tokens_s']:12.0f} tokens/s (spread {spread:.2f}), "
                     f"{rows[-1]['graph_breaks']} graph breaks, first call {rows[-1]['first_s']:.1f} s"
                 )
-    sizes = {"batch": BATCH, "tokens": TOKENS, "sequences": SEQUENCES, "prompt": PROMPT, "new_tokens": NEW}
-    sizes |= {"hidden": WIDTH, "heads": HEADS, "head_dim": HEAD_DIM, "layers": 4, "experts": EXPERTS}
-    peers = {"fla": version("fla-core"), "transformers": version("transformers")}
-    print(write("transformers", rows, sizes=sizes, peers=peers))
+            written = write(
+                "transformers", rows, sizes=sizes, peers=peers
+            )  # a run that is cut short leaves what it has
+    print(written)
 
 
 if __name__ == "__main__":

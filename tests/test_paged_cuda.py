@@ -26,6 +26,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "segments, slow gates": {"T": 1024, "B": 3},
     "packed": {"T": 320, "cu_seqlens": [0, 100, 101, 101, 133, 300], "H": 24, "HV": 24},
     "packed, half heads": {"T": 320, "cu_seqlens": [0, 0, 77, 77, 200, 200], "HV": 6},
+    "packed, shares": {"T": 3000, "cu_seqlens": [0, 1000, 1000, 1040, 2900], "slow_heads": 0},
+    "packed, shares, slow gates": {"T": 3000, "cu_seqlens": [0, 1000, 1000, 1040, 2900]},
     "packed tokens": {"T": 64, "cu_seqlens": list(range(65))},
 }
 

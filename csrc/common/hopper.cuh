@@ -71,6 +71,15 @@ __device__ __forceinline__ int2 load_acquire_2(int* words) {
   return make_int2(int(x), int(x >> 32));
 }
 
+__device__ __forceinline__ int load_acquire(int* word) {
+  return cuda::atomic_ref<int, cuda::thread_scope_device>(*word).load(cuda::memory_order_acquire);
+}
+
+// Returns what it was.
+__device__ __forceinline__ int add_release(int* word, int x) {
+  return cuda::atomic_ref<int, cuda::thread_scope_device>(*word).fetch_add(x, cuda::memory_order_release);
+}
+
 __device__ __forceinline__ void store_release(int* word, int x) {
   cuda::atomic_ref<int, cuda::thread_scope_device>(*word).store(x, cuda::memory_order_release);
 }

@@ -42,8 +42,8 @@ namespace flashkda::chunk_kda {
 
 constexpr int kThreads = 512;
 
-// What the pipeline runs for: a prefill, the transitions of its segments, or the backward pass's states.
-enum class Pass { kPrefill, kTransition, kStates };
+// What the pipeline runs for: a prefill, one in shares, the transitions of its segments, or the backward pass's states.
+enum class Pass { kPrefill, kShares, kTransition, kStates };
 
 // A tile is [16 tokens][64 channels] of 16 bits, rows of 128 bytes in the 128-byte swizzle; q, k, g and v are two tiles
 // each.
@@ -133,7 +133,7 @@ struct ChunkInfo {
   int part;     // half of the rows, where blocks take halves
   int segment;  // of the sequence
   int flags;
-  int chunks;  // of kStates and kTransition: chunks of the item; of padding: tokens
+  int chunks;  // of kStates and kTransition: chunks of the item; of padding: tokens; of kShares: first chunks without o
   int tile;    // of kStates: the item's first
   int item;    // of kTransition: how many items came before in this block
   // Of a prefill's first chunk: where the state of its value head comes from, and where it goes behind the run's last.
@@ -146,6 +146,27 @@ constexpr int kFromStart = 1, kToEnd = 2;  // the run begins with its sequence; 
 constexpr int kReverse = 4;                // the run goes from its last chunk to its first
 constexpr int kContinues = 8;              // the run begins with the state that the one before it ended with
 constexpr int kPadding = 16;               // no chunks: o gets zeros, for `chunks` tokens from `token` on
+constexpr int kTried = 32;                 // the run may be given up (chunk_kda_fwd/shares.cuh)
+constexpr int kWarmsUp = 64;               // its first chunks, which decide that
+
+// Of kShares: what becomes of a block's first run, shared by its warps.
+struct Attempt {
+  static constexpr int kBytes = 64;
+  static constexpr int kPending = 0, kRight = 1, kWrong = 2;
+  uint32_t address;
+
+  // The scan's verdict; or kWrong ahead of it, of a transform warp that sees what the scan would see.
+  __device__ int* word() const { return shared_pointer<int>(address); }
+  // fp32: a channel that keeps more than that over a chunk will not be forgotten.
+  __device__ uint32_t most() const { return address + 4; }
+  __device__ uint32_t sums() const { return address + 16; }  // fp32 [8]: each warp's part of the squares of R
+
+  // Of the loader, before the first chunk.
+  __device__ void init(float most_kept) const {
+    *word() = kPending;
+    *shared_pointer<float>(most()) = most_kept;
+  }
+};
 
 // The exponentials exp(G) and exp(-G) are taken as 2^(x + kLift) and 2^-(x + kLift). A bounded gate spans 2^115 in a
 // chunk, so the lift centres both in fp32's range for keys of any size; it cancels in L, P and the scales a token.
@@ -237,22 +258,29 @@ cudaError_t allow_shared_bytes(int shared_bytes) {
   return cudaSuccess;
 }
 
-// One grid of a kernel that runs the pipeline. With overlap the launch need not wait for the kernel before.
-template <auto kKernel, typename Arguments>
-cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
-  const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
-  if (error != cudaSuccess) return error;
+// With overlap the launch need not wait for the kernel before; the kernel itself does.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_grid(void (*kernel)(Parameters...), int grid, int threads, int shared_bytes, bool overlap,
+                        cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kKernel, arguments);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// One grid of a kernel that runs the pipeline.
+template <auto kKernel, typename Arguments>
+cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
+  const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
+  if (error != cudaSuccess) return error;
+  return launch_grid(kKernel, grid, kThreads, shared_bytes, overlap, stream, arguments);
 }
 
 }  // namespace flashkda::chunk_kda

@@ -7,6 +7,7 @@
 
 #include "common/hopper.cuh"
 #include "common/math.cuh"
+#include "common/memory.cuh"
 #include "params.h"
 #include "sm90/chunk_kda/pipeline.cuh"
 
@@ -41,10 +42,12 @@ struct GateFunction {
 };
 
 // A warp's chunks, from the `warp`th in steps of as many as there are transform warps. Of kStates, the way forward
-// needs no q, and the way back leaves P where the others have PA. kTransition needs no q, and v n_k in place of v.
+// needs no q, and the way back leaves P where the others have PA. kTransition needs no q, and v n_k in place of v. Of
+// kShares, `attempt` is chunk_kda_fwd/shares.cuh's, and `first_head` what the block begins with, if not negative.
 template <typename T, typename L, bool kBounded, Pass kPass>
 __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bias_address, Barriers barriers,
-                          Cursor<L::kStages>& cursor) {
+                          Cursor<L::kStages>& cursor, [[maybe_unused]] Attempt attempt = {},
+                          [[maybe_unused]] int first_head = -1) {
   const int lane = threadIdx.x % 32;
   const int row = lane / 4;       // and row + 8: tokens of this thread's fragments
   const int pair = lane % 4 * 2;  // and pair + 1, + 8, + 9: its channels, or tokens where those are summed over
@@ -66,6 +69,13 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
 
   GateFunction gate(p);
   int bias_head = -1;
+  if constexpr (kPass == Pass::kShares) {
+    // While its tokens are on their way.
+    if (first_head >= 0 && p.dt_bias) {
+      for (int i = 0; i < kHeadDim / 32; ++i) touch(p.dt_bias + int64_t(first_head) * kHeadDim + lane + 32 * i);
+    }
+    if (first_head >= 0 && p.A_log) touch(p.A_log + first_head);
+  }
 
   for (;; cursor.advance(L::kTransformWarps)) {
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
@@ -83,6 +93,9 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         kPass == Pass::kStates && load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) & kReverse;
     const int valid = min(left, kChunk);
     const int value_head = int(where.z);
+    const int tries =
+        kPass == Pass::kShares ? load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) : 0;
+    bool remembers = false;  // kWarmsUp: more than a channel may keep
 
     // Token lane % 16's beta, on its way while the loop runs.
     const int beta_token = lane % 16;
@@ -219,6 +232,10 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
           if constexpr (kQuery) qd[i] = pack_bf16(q[2 * i] * first[i / 2 * 2], q[2 * i + 1] * first[i / 2 * 2 + 1]);
         }
       }
+      if constexpr (kPass == Pass::kShares) {
+        if (tries & kWarmsUp)
+          remembers |= fmaxf(fmaxf(last[0], last[1]), fmaxf(last[2], last[3])) > load_shared<float>(attempt.most());
+      }
       stmatrix_x4(k_address, kd);
       if constexpr (kQuery) stmatrix_x4(k_address + kQueryOffset, qd);
       stmatrix_x4(k_address - slice / 4 * kTileBytes + L::kGateOffset, kr);
@@ -229,11 +246,19 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     };
 
     // Slices at a time. Kr of two slices covers what g of the first took where g has 32 bits, so both slices' gates
-    // come first. Transitions of fast gates end before a second chunk is there to hide the latency of the first.
-    constexpr int kTogether = L::kWideGate || kPass == Pass::kTransition ? 2 : 1;
+    // come first. Transitions of fast gates end before a second chunk is there to hide the latency of the first; beside
+    // two scans 7 warps transform, and hide less of it than 11, where they have the registers.
+    constexpr bool kFewWarps = kPass != Pass::kStates && L::kScans == 2 && L::kTransformRegisters >= 112;
+    constexpr int kTogether = L::kWideGate || kPass == Pass::kTransition || kFewWarps ? 2 : 1;
     const auto transform_slices = [&](auto with_query) {
 #pragma unroll 1
       for (int first = 0; first < kHeadDim / 16; first += kTogether) {
+        if constexpr (kPass == Pass::kShares) {
+          if (tries & kTried) {
+            if (__any_sync(0xffffffffu, remembers)) *static_cast<volatile int*>(attempt.word()) = Attempt::kWrong;
+            if (load_shared<int>(attempt.address) == Attempt::kWrong) return;
+          }
+        }
         uint32_t gates[kTogether][4];
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) load_gates(first + i, gates[i]);
@@ -259,6 +284,14 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       }
     } else {
       transform_slices(std::true_type{});
+    }
+    if constexpr (kPass == Pass::kShares) {
+      if (tries & kTried && load_shared<int>(attempt.address) == Attempt::kWrong) {  // nobody reads these factors
+        cutlass::arch::fence_view_async_shared();
+        __syncwarp();
+        mbarrier_arrive(barriers.ready(cursor.stage));
+        continue;
+      }
     }
 
     float beta = bits_to_float(beta_bits, p.beta_dtype);

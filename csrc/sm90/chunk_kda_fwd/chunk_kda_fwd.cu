@@ -5,26 +5,15 @@
 #include "sm90/chunk_kda/plan.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 #include "sm90/chunk_kda_fwd/launch.h"
+#include "sm90/chunk_kda_fwd/plan_shares.cuh"
 #include "sm90/chunk_kda_fwd/pool.cuh"
 
 namespace flashkda {
 namespace {
 
-template <typename T, typename G, bool kBounded>
-cudaError_t launch_scans(ChunkKdaFwdParams p, cudaStream_t stream) {
-  const chunk_kda_fwd::Plan plan =
-      chunk_kda_fwd::plan(p.sequences, p.value_heads, p.tokens, p.cu_seqlens != nullptr, p.one_segment, p.sm_count,
-                          p.pool.states != nullptr, p.pool.checkpoints);
-  if (p.pool.states) {
-    const cudaError_t error = chunk_kda_fwd::prepare_pool(p, plan, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return plan.scans == 1 ? chunk_kda_fwd::launch<T, G, kBounded, 1>(p, plan, stream)
-                         : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, plan, stream);
-}
-
-cudaError_t plan_packed(const ChunkKdaParams& p, cudaStream_t stream) {
+cudaError_t plan_packed(const ChunkKdaParams& p, const chunk_kda_fwd::Plan& plan, cudaStream_t stream) {
   if (!p.cu_seqlens) return cudaSuccess;
+  if (plan.shares_grid > 0) return chunk_kda_fwd::launch_plan_shares(p, plan, stream);
   return chunk_kda::launch_plan(p, static_cast<char*>(p.workspace), nullptr, 0, stream);
 }
 
@@ -37,11 +26,20 @@ size_t chunk_kda_fwd_workspace_bytes(int sequences, int value_heads, int64_t tok
       .workspace_bytes;
 }
 
-cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& p, cudaStream_t stream) {
-  return chunk_kda::dispatch(p, [&](auto token, auto gate, auto bounded) {
-    const cudaError_t error = plan_packed(p, stream);
+cudaError_t launch_chunk_kda_fwd(const ChunkKdaFwdParams& params, cudaStream_t stream) {
+  return chunk_kda::dispatch(params, [&](auto token, auto gate, auto bounded) {
+    using T = decltype(token);
+    using G = decltype(gate);
+    constexpr bool kBounded = decltype(bounded)::value;
+    ChunkKdaFwdParams p = params;
+    const chunk_kda_fwd::Plan plan =
+        chunk_kda_fwd::plan(p.sequences, p.value_heads, p.tokens, p.cu_seqlens != nullptr, p.one_segment, p.sm_count,
+                            p.pool.states != nullptr, p.pool.checkpoints);
+    cudaError_t error = plan_packed(p, plan, stream);
+    if (error == cudaSuccess && p.pool.states) error = chunk_kda_fwd::prepare_pool(p, plan, stream);
     if (error != cudaSuccess) return error;
-    return launch_scans<decltype(token), decltype(gate), decltype(bounded)::value>(p, stream);
+    return plan.scans == 1 ? chunk_kda_fwd::launch<T, G, kBounded, 1>(p, plan, stream)
+                           : chunk_kda_fwd::launch<T, G, kBounded, 2>(p, plan, stream);
   });
 }
 
@@ -53,7 +51,7 @@ cudaError_t launch_chunk_kda_transition(const ChunkKdaTransitionParams& p, cudaS
   const int64_t items = 2 * int64_t(p.sequences) * p.value_heads;
   const int grid = int(std::min<int64_t>(items, p.sm_count));
   return chunk_kda::dispatch(p, [&](auto token, auto gate, auto bounded) {
-    const cudaError_t error = plan_packed(p, stream);
+    const cudaError_t error = plan_packed(p, {}, stream);
     if (error != cudaSuccess) return error;
     return chunk_kda_fwd::launch_transitions<decltype(token), decltype(gate), decltype(bounded)::value>(p, grid,
                                                                                                         stream);

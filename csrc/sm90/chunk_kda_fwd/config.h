@@ -1,6 +1,7 @@
 // Everything the host decides, from shapes and the number of multiprocessors alone.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -14,6 +15,9 @@ using chunk_kda::kHeadDim;
 // Fewer chunks do not pay for a segment.
 constexpr int kMinSegmentChunks = 4;
 constexpr int kMaxSegments = 32;
+// Of shares.
+constexpr int kMostWarmUpChunks = 6;
+constexpr int kMostSharedSequences = 128;
 
 // What a segment does to the state that enters it: S' = S R + B. R^T is [128 of S'][128 of S] in fp16, as the prefill
 // multiplies with it: byte of (j, c): j / 64 * 16384 + c / 64 * 8192 + j % 64 * 128 + ((c % 64 / 8) ^ (j % 8)) * 16 + c
@@ -49,6 +53,38 @@ struct SegmentArguments {
   int* status;
 };
 
+// What a call in shares has beside the rest, at multiples of 16 bytes.
+struct ShareLayout {
+  size_t words = 0;  // int32 [kHeadWords + 2 heads]
+  size_t words_end = 0;
+  size_t pieces = 0;  // of a packed call: Piece [blocks]
+};
+struct alignas(16) Piece {
+  int sequence;
+  int value_head;
+  int chunk;   // its first, of the sequence
+  int count;   // chunks; 0 for no piece
+  int begin;   // of the sequence, in tokens
+  int length;  // of the sequence
+};
+// The words: how many blocks know of their piece; tickets of the passes that come after; how many heads are left over;
+// of a packed call, the share; of each head, how many blocks are done with their piece; the heads that are left over,
+// from 1 on.
+constexpr int kTicketWord = 1, kTransitionTicketWord = 2, kListWord = 3, kShareWord = 4, kHeadWords = 5;
+// In those that count blocks: something is left over to the passes after.
+constexpr int kLeftOver = 1 << 20;
+
+struct ShareArguments {
+  int* words;                  // as ShareLayout has them; null for no shares
+  const Piece* packed_pieces;  // the same; null of dense calls
+  int share;                   // chunks, of dense calls
+  int pieces;                  // a head, of dense calls
+  int grid;
+  int all_right;    // what the first word comes to where nothing is left; negative if it cannot tell
+  int warm_up;      // chunks
+  float most_kept;  // of a channel over one of those chunks, above which the rest is not expected to make up for it
+};
+
 // Where a state of a pool is to be left on the way: behind so many tokens of its sequence, in that row.
 struct Checkpoint {
   int tokens;
@@ -57,8 +93,9 @@ struct Checkpoint {
 constexpr int kNoCheckpoint = INT32_MAX;  // tokens; behind those of a sequence that are left
 
 // Whether sequences are cut in segments, and where their maps are found: by a grid ahead of the prefill's, or, where
-// blocks take halves of heads, by the blocks that take the same segments in the prefill.
-enum class Cut { kWhole, kMapsAhead, kMapsFirst };
+// blocks take halves of heads, by the blocks that take the same segments in the prefill. Or the pass ahead of any of
+// these in which all blocks take equal shares.
+enum class Cut { kWhole, kMapsAhead, kMapsFirst, kShares };
 
 struct Plan {
   int scans;           // halves of a value head's V that a block takes
@@ -67,10 +104,18 @@ struct Plan {
   int grid;
   Cut cut;
   int transition_grid;  // with kMapsAhead
+  int shares_grid;      // of the pass in shares ahead of all that; 0 for none
+  int share;            // its chunks a block, of dense calls
+  int pieces;           // its blocks a head, of dense calls
+  int warm_up;          // its chunks
+  ShareLayout shares;
   // For states in a pool, in the workspace: the checkpoints of each sequence in order, or, of calls in segments, copies
   // of the initial states.
   size_t pool_offset;
   size_t workspace_bytes;
+
+  // A block may be done with the last of a sequence before another begins with its first.
+  bool copies_initial_states() const { return segments > 1 || shares_grid > 0; }
 };
 
 // Nanoseconds on an H100, as measured (docs/kernel_notes.md).
@@ -81,6 +126,8 @@ constexpr int64_t kTogetherNs = 5000;           // of transitions in a grid ahea
 constexpr int64_t kFirstNs = 9500;              // of transitions in the blocks of the prefill
 constexpr int64_t kAheadNs = 12000;             // of transitions in a grid ahead that does not
 constexpr int64_t kRoundNs = 12000;             // of each further item of a block of theirs
+constexpr int64_t kSharesNs = 4000;             // of shares, beside their chunks
+constexpr int64_t kLeftOverNs = 2500;           // half of what shares cost that leave everything to the next pass
 
 // With one_segment, how a sequence is computed depends on nothing but itself.
 inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment, int sm_count,
@@ -94,8 +141,14 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   plan.segments = 1;
   plan.segment_chunks = int(chunks);
 
-  if (!has_cu_seqlens && !one_segment && checkpoints == 0 && 2 * heads <= sm_count) {
-    const auto rounds = [&](int64_t blocks) { return (blocks + sm_count - 1) / sm_count; };
+  const auto rounds = [&](int64_t blocks) { return (blocks + sm_count - 1) / sm_count; };
+  const bool may_cut = !one_segment && checkpoints == 0;
+  // With fast gates. Packed sequences are taken for equally long ones, which they seldom are.
+  const int64_t mean_chunks = has_cu_seqlens ? (chunks + sequences - 1) / std::max(sequences, 1) : chunks;
+  int64_t fast = rounds((3 - plan.scans) * heads) * mean_chunks * kScanNs[plan.scans];
+  if (has_cu_seqlens && sequences > 1) fast += fast / 4;
+
+  if (!has_cu_seqlens && may_cut && 2 * heads <= sm_count) {
     // Which gates a call has is not known here, so fast and slow ones count alike: with slow ones the transitions run
     // to the end, and states go through all of them.
     int64_t best = 2 * chunks * kScanNs[1];
@@ -116,6 +169,7 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
         const int64_t ns = 2 * (rounds(blocks) * segment_chunks * kScanNs[scans] + before) + slow;
         if (ns >= best) continue;
         best = ns;
+        fast = rounds(blocks) * segment_chunks * kScanNs[scans] + before;
         plan.scans = scans;
         plan.cut = first ? Cut::kMapsFirst : Cut::kMapsAhead;
         plan.segments = int(segments);
@@ -133,7 +187,24 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
     plan.workspace_bytes = segment_layout(heads, plan.segments).bytes;
   }
   if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;
-  if (checkpoints > 0 || (has_pool && plan.segments > 1)) {
+  // Where heads are left over, the passes after are to find as many blocks free: so these take halves or segments of
+  // them.
+  if (may_cut && 2 * heads <= sm_count && (plan.segments > 1 || has_cu_seqlens) && sequences <= kMostSharedSequences) {
+    const int64_t share = (mean_chunks + sm_count / heads - 1) / (sm_count / heads);
+    const int64_t warm_up = std::min<int64_t>(2 + share / 96, kMostWarmUpChunks);
+    if (chunks > warm_up && (share + warm_up) * kScanNs[2] + kSharesNs + kLeftOverNs < fast) {
+      plan.share = int(share);
+      plan.pieces = int((chunks + share - 1) / share);
+      plan.shares_grid = has_cu_seqlens ? sm_count : int(heads) * plan.pieces;
+      if (plan.cut == Cut::kMapsAhead && plan.scans == 1) plan.cut = Cut::kMapsFirst;  // one launch less
+      plan.warm_up = int(warm_up);
+      plan.shares.words = (plan.workspace_bytes + 15) / 16 * 16;
+      plan.shares.words_end = plan.shares.words + sizeof(int32_t) * (kHeadWords + 2 * size_t(heads));
+      plan.shares.pieces = (plan.shares.words_end + 15) / 16 * 16;
+      plan.workspace_bytes = plan.shares.pieces + (has_cu_seqlens ? sizeof(Piece) * size_t(sm_count) : 0);
+    }
+  }
+  if (checkpoints > 0 || (has_pool && plan.copies_initial_states())) {
     plan.pool_offset = (plan.workspace_bytes + 15) / 16 * 16;
     plan.workspace_bytes =
         plan.pool_offset + (checkpoints > 0 ? sizeof(Checkpoint) * size_t(sequences) * size_t(checkpoints)

@@ -83,7 +83,7 @@ inline cudaError_t prepare_pool(ChunkKdaFwdParams& p, const Plan& plan, cudaStre
     order_checkpoints_kernel<<<p.sequences, kOrderThreads, 0, stream>>>(p, reinterpret_cast<Checkpoint*>(workspace));
     return cudaGetLastError();
   }
-  if (plan.segments == 1) return cudaSuccess;
+  if (!plan.copies_initial_states()) return cudaSuccess;
   float* const copies = reinterpret_cast<float*>(workspace);
   const dim3 grid(p.value_heads * (kHeadDim * kHeadDim / (kCopyThreads * kCopyElements)), p.sequences);
   copy_initial_states_kernel<<<grid, kCopyThreads, 0, stream>>>(p, copies);

@@ -14,6 +14,7 @@
 #include "sm90/chunk_kda_fwd/config.h"
 #include "sm90/chunk_kda_fwd/entry.cuh"
 #include "sm90/chunk_kda_fwd/items.cuh"
+#include "sm90/chunk_kda_fwd/shares.cuh"
 
 namespace flashkda::chunk_kda_fwd {
 
@@ -42,10 +43,11 @@ __device__ __forceinline__ void clear_o(const ChunkKdaFwdParams& p, uint4 where,
     *reinterpret_cast<uint4*>(o) = make_uint4(0, 0, 0, 0);
 }
 
-template <typename T, typename L, bool kSegments>
+template <typename T, typename L, Cut kCut>
 __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
+  constexpr bool kSegments = kCut == Cut::kMapsAhead || kCut == Cut::kMapsFirst, kShares = kCut == Cut::kShares;
   const ChunkKdaFwdParams& p = arguments.p;
   const int warpgroup = threadIdx.x / 128;
   const int warp = threadIdx.x / 32 % 4;
@@ -75,8 +77,10 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
   [[maybe_unused]] MapRing ring(shared + L::kMaps, shared + L::kMapBarriers);
   float state[2][32];  // of K, halves
   uint32_t copy[32];
-  if constexpr (kSegments) cudaGridDependencySynchronize();  // the transitions
+  // The transitions, or that the words are cleared: shares begin when they are.
+  if (kCut == Cut::kMapsAhead || (kCut == Cut::kMapsFirst && !arguments.shares.words)) cudaGridDependencySynchronize();
   Cursor<L::kStages> cursor(0);
+  if constexpr (kShares) try_piece<L>(arguments, shared, barriers, cursor);
   mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   for (;;) {
     const uint32_t info = shared + L::kFactors + cursor.stage * kFactorBytes + kChunkInfoOffset;
@@ -116,6 +120,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
     T* o = static_cast<T*>(p.o) + column + lane % 2 * 8 +
            ((int64_t(where.y) * p.tokens + where.x + lane / 2 - kChunk) * p.value_heads + where.z) * kHeadDim;
     bool o_waits = false;
+    [[maybe_unused]] int silent = kShares ? load_shared<int>(info + offsetof(ChunkInfo, chunks)) : 0;
     const auto store_o = [&] {
       const uint4 row = load_shared<uint4>(o_row);
       if (o_waits) *reinterpret_cast<uint4*>(o) = row;
@@ -144,7 +149,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
         cute::warpgroup_commit_batch();
 
         store_o();
-        o_waits = int(o_token) < left;
+        o_waits = int(o_token) < left && (!kShares || --silent < 0);
         uint32_t v_bits[4];
         ldmatrix_x4_trans(v_bits, v_address);
         const float2 v_scale[2] = {load_shared<float2>(factors + kValueScaleOffset),
@@ -210,6 +215,10 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
       } else {
         store_state(state, reinterpret_cast<float*>(final), p.state_v_first);
       }
+    }
+    if constexpr (kShares) {
+      cutlass::arch::NamedBarrier::sync(4 * L::kScans * 32, 0);
+      if (threadIdx.x == 0) add_release(head_word(p, arguments.shares, int(where.w), int(where.z)), 1);
     }
     mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   }

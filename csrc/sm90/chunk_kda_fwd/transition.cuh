@@ -18,6 +18,7 @@
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda_fwd/shares.cuh"
 
 namespace flashkda::chunk_kda_fwd {
 
@@ -28,6 +29,7 @@ struct TransitionArguments {
   ChunkKdaTransitionParams p;
   // Of a prefill in segments. Otherwise whole sequences go to p.map and p.offset.
   SegmentArguments segmented;
+  ShareArguments shares;
 };
 
 // The loader waits for a verdict behind so many chunks of a segment.
@@ -72,6 +74,12 @@ __device__ __forceinline__ TransitionItem read_transition(const TransitionArgume
     item.length = int(p.tokens);
   }
   return item;
+}
+
+// An item of a head that shares have left over.
+__device__ __forceinline__ TransitionItem transition_of(const SegmentArguments& segmented, const LeftOver& left) {
+  const int length = segmented.segment_chunks * kChunk, segment = left.within / 2;
+  return {left.within % 2, segment, left.sequence, left.sequence, left.value_head, segment * length, length};
 }
 
 // What the scan shares, among its warps and with the loader.
@@ -134,16 +142,27 @@ __device__ void load_transitions(const TransitionArguments& arguments, uint32_t 
   int* ticket = static_cast<int*>(p.workspace);
   Loader<TransitionStage<L>> loader{shared, infos, barriers};
   const Maps maps{nullptr, &arguments.k, &arguments.v, &arguments.g};
+  prefetch(maps);
 
+  const bool after_shares = kSegments && arguments.shares.words;
   if constexpr (!kSegments) cudaGridDependencySynchronize();  // the plan
   int count = 0;
-  for (int index = blockIdx.x, next; index < items; index = next, ++count) {
-    next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
-    const TransitionItem item = read_transition<kSegments>(arguments, index);
+  const auto load_item = [&](const TransitionItem& item) {
     load_transition(loader, maps, Verdict{shared + L::kOutput}, item, item.value_head / (p.value_heads / p.heads),
-                    count);
+                    count++);
+  };
+  if (after_shares) {
+    LeftOver left;
+    while (take_left_over(p, arguments.shares, kTransitionTicketWord, 2 * (arguments.segmented.segments - 1), left))
+      load_item(transition_of(arguments.segmented, left));
+  } else {
+    for (int index = blockIdx.x, next; index < items; index = next) {
+      next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
+      load_item(read_transition<kSegments>(arguments, index));
+    }
   }
   loader.finish();
+  if (after_shares) cudaGridDependencySynchronize();  // who waits for this pass waits for the shares
 }
 
 // Of all items of the block, or with kPublish of its only one, whose map other blocks of the grid read. `handover`: the
@@ -330,7 +349,7 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       const int status = forgotten ? kMapForgotten : kMapStored;
       if constexpr (kPublish) {
         cutlass::arch::NamedBarrier::sync(128, 0);
-        cudaGridDependencySynchronize();  // the words are cleared
+        if (!arguments.shares.words) cudaGridDependencySynchronize();  // the words are cleared
       }
       if (threadIdx.x == 0) store_release(&to.status[index * 2 + what.y], status);
       if constexpr (kPublish) return;

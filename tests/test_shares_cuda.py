@@ -1,0 +1,173 @@
+"""Prefill in shares: what fast gates need no other pass for, and what is left over to it, wherever shares begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import TOKENS, Call, error, kernel_call, paged, random_cu_seqlens, reference
+
+import flashkda_ops
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 8e-3
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {"T": 1100, "H": 3, "HV": 12},
+    "a batch": {"T": 700, "B": 3, "state_v_first": True},
+    "four chunks a block": {"T": 512, "H": 16, "HV": 16},
+    "halves left over": {"T": 2085, "H": 12, "HV": 12, "initial_state": False},
+    "whole heads left over": {"T": 2048, "H": 24, "HV": 24, "dtype": torch.float16},
+    "one sequence": {"T": 1500, "cu_seqlens": [0, 1500], "H": 8, "HV": 8},
+    "packed": {"T": 3000, "cu_seqlens": [0, 1, 1, 1000, 1017, 2900], "gate": "unbounded"},
+    "packed, more heads": {"T": 1500, "cu_seqlens": [0, 375, 750, 1125, 1500], "H": 16, "HV": 16},
+    "fp32 gates": {"T": 2048, "gate": "precomputed", "H": 12, "HV": 12},
+}
+
+
+def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        o, state = flashkda_ops.chunk_kda(**call, output_final_state=True)
+    return o, state
+
+
+def whole(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    return run(call | {"batch_invariant": True})
+
+
+def shape(name: str, slow_heads: int) -> Call:
+    call = kernel_call(**SHAPES[name], slow_heads=slow_heads)
+    return call | ({"g": call["g"].float()} if name == "fp32 gates" else {})
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gates_that_forget_give_what_whole_sequences_give(name: str) -> None:
+    call = shape(name, slow_heads=0)
+    if name == "fp32 gates":
+        call["g"] *= 4
+    results = run(call)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(call), results, strict=True))
+    assert all(error(a, b) < 1e-6 for a, b in zip(results, whole(call), strict=True))
+    assert all(error(a, b) < TOLERANCE for a, b in zip(results, reference(call), strict=True))
+
+
+@pytest.mark.parametrize("slow", ["some", "all"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_heads_that_do_not_are_left_over(name: str, slow: str) -> None:
+    heads = SHAPES[name].get("HV", 4)
+    call = shape(name, slow_heads=heads if slow == "all" else heads // 2)
+    results = run(call)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(call), results, strict=True))
+    expected = reference(call)
+    for actual, at_once, exact in zip(results, whole(call), expected, strict=True):
+        assert error(actual, exact, heads=1 if actual is results[1] else 2) < TOLERANCE
+        assert error(actual, exact) < 1.15 * error(at_once, exact) + 1e-5
+
+
+@pytest.mark.parametrize("channels", [slice(0, 128), slice(5, 6)], ids=["all channels", "one channel"])
+def test_a_stretch_that_remembers_is_found_wherever_it_lies(channels: slice) -> None:
+    call = kernel_call(2048, H=12, HV=12, slow_heads=0)
+    for begin in range(0, 2048, 100):
+        slow = call | {"g": call["g"].clone()}
+        slow["g"][:, begin : begin + 150, begin % 12, channels] -= 12
+        for actual, expected in zip(run(slow), whole(slow), strict=True):
+            assert error(actual, expected) < 2e-3
+
+
+def test_gates_of_any_speed() -> None:
+    call = kernel_call(2048, H=12, HV=12, gate="precomputed")
+    speeds = torch.tensor([1e-3, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.7, 2.5], device="cuda")
+    call["g"][:] = -speeds[:, None]
+    for actual, expected in zip(run(call), whole(call), strict=True):
+        assert error(actual, expected) < 5e-3
+
+
+def test_no_row_of_another_sequence_or_of_padding_leaks() -> None:
+    call = kernel_call(3000, cu_seqlens=[0, 500, 1300, 2700], slow_heads=2)
+    o, state = run(call)
+    poisoned = call | {name: call[name].clone() for name in TOKENS}
+    for name in TOKENS:
+        poisoned[name][:, 500:1300] = torch.nan
+        poisoned[name][:, 2700:] = torch.nan
+    o_poisoned, state_poisoned = run(poisoned)
+    kept = [*range(500), *range(1300, 3000)]
+    assert torch.equal(o_poisoned[:, kept], o[:, kept]) and not o[:, 2700:].any()
+    assert torch.equal(state_poisoned[[0, 2]], state[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    "cu", [[0, 1500, 900, 3000], [-5, 1200, 30000, 60000], [2700, 300, 150, 3000], [-3, -2, -1, -1]]
+)
+def test_a_malformed_cu_seqlens_stays_in_bounds(cu: list[int]) -> None:
+    call = kernel_call(3000, cu_seqlens=cu)
+    safe = torch.tensor(cu, device="cuda").clamp(0, 3000).cummax(0).values
+    assert all(torch.equal(a, b) for a, b in zip(run(call), run(call | {"cu_seqlens": safe}), strict=True))
+
+
+def test_captured_calls_replay_with_any_sequences_and_gates_interleaved() -> None:
+    generator = torch.Generator().manual_seed(0)
+    captured = []
+    for T, N in ((3000, 3), (1500, 2), (1100, 0)):
+        call = kernel_call(T, H=4, cu_seqlens=[0] + [T] * N if N else None)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            run(call)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run(call)
+        captured.append((T, N, call, graph, results, side))
+    for replay in range(50):
+        for T, N, call, graph, results, side in captured:
+            for name in TOKENS:
+                call[name].normal_()
+            call["g"][:, :, : replay % 5] -= 8  # heads that are left over
+            if N:
+                cu = random_cu_seqlens(T, N, generator)
+                call["cu_seqlens"].copy_(cu)
+                for name in TOKENS:
+                    call[name][:, int(cu[-1]) :] = torch.nan
+            for result in results:
+                result.fill_(torch.nan)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(side if replay % 2 else torch.cuda.current_stream()):
+                graph.replay()
+        torch.cuda.synchronize()
+        for _, _, call, _, results, _ in captured:
+            assert all(torch.equal(a, b) for a, b in zip(results, run(call), strict=True))
+
+
+def test_streams_do_not_wait_for_each_other_for_ever() -> None:
+    calls = [kernel_call(2048, H=12, HV=12, slow_heads=6 * (i % 3), seed=i) for i in range(4)]
+    expected = [run(call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for call, stream in zip(calls, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(run(call))
+    torch.cuda.synchronize()
+    for pair, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair, wanted, strict=True))
+
+
+@pytest.mark.parametrize("slow_heads", [0, 2, 4])
+def test_rows_of_a_pool_without_history_and_padding(slow_heads: int) -> None:
+    call = kernel_call(3000, cu_seqlens=[0, 1000, 1000, 1033, 2000, 2900], slow_heads=slow_heads)
+    call["initial_state"][3] = 0
+    o, state = run(call)
+    pool = torch.randn(8, *state.shape[1:], device="cuda")
+    before = pool.clone()
+    slots = torch.tensor([5, 1, 0, 7, -1], device="cuda")
+    pool[slots[:3]] = call["initial_state"][:3]
+    history = torch.tensor([True, True, True, False, True], device="cuda")
+    o_paged = flashkda_ops.chunk_kda_paged(**paged(call, pool, slots), has_initial_state=history)
+    assert torch.equal(o_paged[:, :2000], o[:, :2000]) and not o_paged[:, 2000:].any()
+    assert torch.equal(pool[[5, 0, 7]], state[[0, 2, 3]])
+    assert torch.equal(pool[1], call["initial_state"][1])  # the empty sequence
+    assert torch.equal(pool[[2, 3, 4, 6]], before[[2, 3, 4, 6]])
