@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import DEFAULTS, DIFFERENTIABLE, Call, cotangents, error, kernel_call, make_call
+from torch import Tensor
 
 from flashkda_ops import segments
 from flashkda_ops.ops import chunk_kda, chunk_kda_backward
@@ -26,6 +28,16 @@ def arguments(call: Call, given: str = "both") -> chunk_kda_backward.Arguments:
 
 def sizes(call: Call) -> Sizes:
     return validate_tokens(chunk_kda.Arguments(**call))
+
+
+def assert_sums_to_A_log(call: Call, dg: Tensor, dA_log: Tensor) -> None:
+    """The gate's derivatives by A_log and by g are of a ratio that g and dt_bias give: x = g + dt_bias for the bounded
+    gate, a function of ``exp(A_log) x``; for the other, ``-exp(A_log) softplus(x)``, ``softplus(x) / sigmoid(x)``."""
+    x = call["g"].double() + call["dt_bias"].double()
+    ratio = x if call["lower_bound"] is not None else F.softplus(x) / x.sigmoid()
+    terms = (dg.double() * ratio).transpose(1, 2).flatten(2)
+    rounding = torch.finfo(dg.dtype).eps * terms.square().sum((0, 2)).sqrt()
+    assert ((dA_log.double() - terms.sum((0, 2))).abs() < 4 * rounding + 1e-6 * terms.abs().sum((0, 2))).all()
 
 
 @pytest.mark.parametrize("given", ["both", "o", "final state"])
@@ -52,6 +64,9 @@ def test_segments_change_no_gradient(n: int, options: dict[str, Any], given: str
             assert x is None
         else:
             assert x is not None and error(x, y) < 1e-11, name
+    if call.get("use_gate_in_kernel"):
+        grads = dict(zip(DIFFERENTIABLE, results, strict=True))
+        assert_sums_to_A_log(call, grads["g"], grads["A_log"])
 
 
 PACKED = [
@@ -94,9 +109,9 @@ def test_only_long_sequences_of_few_heads_run_in_segments() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"cu_seqlens": [0, 9000, 31000]}, {"state_v_first": True, "H": 8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"cu_seqlens": [0, 9000, 31000]}, {"state_v_first": True, "H": 1}], ids=str)
 def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
-    call = kernel_call(32768, **{"H": 16, "HV": 16} | options)
+    call = kernel_call(32768, **{"H": 2, "HV": 2} | options)
     assert segments.of_call(sizes(call)) >= 8
     a = arguments(call)
     expected = chunk_kda_backward.op(*a._replace(batch_invariant=True))
@@ -105,8 +120,11 @@ def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
     for name, x, y, z in zip(DIFFERENTIABLE, results, expected, again, strict=True):
         assert torch.equal(x, z), name
         assert not torch.equal(x, y), name
-        # A_log's are sums over all tokens and channels, and lose digits.
-        assert error(x, y) < (6e-2 if name == "A_log" else 1e-2), name
+        if name != "A_log":
+            assert error(x, y) < 1e-2, name
+    # A_log's is a sum over all tokens and channels, which may cancel: it is to be that of the gradients checked above.
+    grads = dict(zip(DIFFERENTIABLE, results, strict=True))
+    assert_sums_to_A_log(call, grads["g"], grads["A_log"])
 
 
 @pytest.mark.gpu

@@ -196,7 +196,10 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
       plan.share = int(share);
       plan.pieces = int((chunks + share - 1) / share);
       plan.shares_grid = has_cu_seqlens ? sm_count : int(heads) * plan.pieces;
-      if (plan.cut == Cut::kMapsAhead && plan.scans == 1) plan.cut = Cut::kMapsFirst;  // one launch less
+      if (plan.cut == Cut::kMapsAhead && plan.scans == 1) {  // one launch less
+        plan.cut = Cut::kMapsFirst;
+        plan.transition_grid = 0;
+      }
       plan.warm_up = int(warm_up);
       plan.shares.words = (plan.workspace_bytes + 15) / 16 * 16;
       plan.shares.words_end = plan.shares.words + sizeof(int32_t) * (kHeadWords + 2 * size_t(heads));

@@ -1,0 +1,128 @@
+"""What the host decides about prefill kernels: a function of shapes and the number of multiprocessors, in plain C++."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import test_shares_cuda
+
+CSRC = Path(__file__).parent.parent / "csrc"
+CHUNK, SMS = 16, 132
+WHOLE, MAPS_AHEAD, MAPS_FIRST = range(3)
+
+# Reads the arguments of `plan` a line, and writes what it returns.
+PROGRAM = """
+#include <cstdio>
+#include "sm90/chunk_kda_fwd/config.h"
+int main() {
+  long sequences, heads, tokens, packed, one_segment, sms, pool, checkpoints;
+  while (std::scanf("%ld %ld %ld %ld %ld %ld %ld %ld", &sequences, &heads, &tokens, &packed, &one_segment, &sms, &pool,
+                    &checkpoints) == 8) {
+    const auto p = flashkda::chunk_kda_fwd::plan(sequences, heads, tokens, packed, one_segment, sms, pool, checkpoints);
+    const long long fields[] = {
+        p.scans, p.segments, p.segment_chunks, p.grid, int(p.cut), p.transition_grid, p.shares_grid, p.share, p.pieces,
+        p.warm_up, (long long)p.shares.words, (long long)p.shares.words_end, (long long)p.shares.pieces,
+        (long long)p.pool_offset, (long long)p.workspace_bytes};
+    for (long long field : fields) std::printf("%lld ", field);
+    std::puts("");
+  }
+}
+"""
+
+FIELDS = [
+    "scans",
+    "segments",
+    "segment_chunks",
+    "grid",
+    "cut",
+    "transition_grid",
+    "shares_grid",
+    "share",
+    "pieces",
+    "warm_up",
+    "words",
+    "words_end",
+    "packed_pieces",
+    "pool",
+    "bytes",
+]
+
+Plans = Callable[[list[tuple[int, ...]]], list[dict[str, int]]]
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plans]:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("plans") / "plans"
+    command = [compiler, "-std=c++17", f"-I{CSRC}", "-x", "c++", "-", "-o", str(program)]
+    subprocess.run(command, input=PROGRAM, text=True, check=True)
+
+    def plan(calls: list[tuple[int, ...]]) -> list[dict[str, int]]:
+        text = "\n".join(" ".join(map(str, call)) for call in calls)
+        lines = subprocess.run([program], input=text, text=True, check=True, capture_output=True).stdout.splitlines()
+        return [dict(zip(FIELDS, map(int, line.split()), strict=True)) for line in lines]
+
+    yield plan
+
+
+TOKENS = [0, 1, 16, 17, 100, 300, 512, 1024, 3000, 4096, 8192, 131072, 1 << 24]
+HEADS = [1, 2, 4, 6, 12, 16, 24, 33, 64, 66, 67, 96, 200]
+
+
+def test_every_plan_covers_the_call_and_fits(plans: Plans) -> None:
+    calls = list(product([1, 3, 40], HEADS, TOKENS, [0, 1], [0], [SMS, 20], [0, 1], [0]))
+    for (N, H, T, packed, _, sms, pool, _), p in zip(calls, plans(calls), strict=True):
+        heads, chunks = N * H, max(1, -(-T // CHUNK))
+        assert p["segments"] * p["segment_chunks"] >= chunks > (p["segments"] - 1) * p["segment_chunks"]
+        blocks = (3 - p["scans"]) * heads * p["segments"]
+        assert 1 <= p["grid"] <= sms and (p["grid"] == blocks or blocks > sms or packed)
+        assert (p["cut"] == WHOLE) == (p["segments"] == 1) and not (packed and p["segments"] > 1)
+        assert (p["transition_grid"] > 0) == (p["cut"] == MAPS_AHEAD)
+        if p["cut"] == MAPS_FIRST:  # an item a block, which wait for each other
+            assert p["scans"] == 1 and p["grid"] == blocks
+        if p["shares_grid"]:
+            assert 2 * heads <= sms and p["shares_grid"] <= sms and 1 <= p["warm_up"] < chunks
+            assert packed or (p["segments"] > 1 and p["shares_grid"] == heads * p["pieces"])
+            assert packed or p["pieces"] * p["share"] >= chunks > (p["pieces"] - 1) * p["share"]
+            assert p["words"] % 16 == 0 and p["words_end"] - p["words"] == 4 * (5 + 2 * heads)
+            assert p["packed_pieces"] % 16 == 0 and p["packed_pieces"] >= p["words_end"]
+            assert p["bytes"] >= p["packed_pieces"] + (32 * sms if packed else 0)
+        if pool and (p["segments"] > 1 or p["shares_grid"]):  # copies of the initial states
+            assert p["pool"] % 16 == 0 and p["bytes"] == p["pool"] + heads * 4 * 128 * 128
+
+
+def test_calls_that_may_not_be_cut_are_not(plans: Plans) -> None:
+    invariant = list(product([1, 3], HEADS, TOKENS, [0, 1], [1], [SMS], [0, 1], [0]))
+    checkpoints = list(product([1, 3], HEADS, TOKENS, [0, 1], [0], [SMS], [1], [4]))
+    for p in plans(invariant + checkpoints):
+        assert (p["cut"], p["segments"], p["shares_grid"]) == (WHOLE, 1, 0)
+
+
+def test_few_heads_take_the_chip(plans: Plans) -> None:
+    calls = [
+        (1, H, T, 0, 0, SMS, 0, 0) for H, T in ((12, 2048), (8, 4096), (16, 8192), (4, 1024), (24, 8192), (16, 512))
+    ]
+    for p in plans(calls):
+        assert p["shares_grid"] >= 0.9 * SMS and p["segments"] > 1
+    packed = [(4, 12, 8192, 1, 0, SMS, 0, 0), (1, 32, 2048, 1, 0, SMS, 1, 0)]
+    assert all(p["shares_grid"] == SMS for p in plans(packed))
+    many = [(1, 64, 8192, 0, 0, SMS, 0, 0), (1, 96, 8192, 0, 0, SMS, 0, 0), (8, 64, 8192, 1, 0, SMS, 0, 0)]
+    assert all(p["shares_grid"] == 0 for p in plans(many))
+
+
+def test_the_tests_of_shares_have_them(plans: Plans) -> None:
+    calls = []
+    for options in test_shares_cuda.SHAPES.values():
+        cu_seqlens = options.get("cu_seqlens")
+        N = options.get("B", 1) if cu_seqlens is None else len(cu_seqlens) - 1
+        calls.append((N, options.get("HV", 4), options["T"], int(cu_seqlens is not None), 0, SMS, 0, 0))
+    planned = plans(calls)
+    assert all(p["shares_grid"] > 0 for p in planned)
+    assert {p["cut"] for p in planned} == {WHOLE, MAPS_AHEAD, MAPS_FIRST}  # what comes after
