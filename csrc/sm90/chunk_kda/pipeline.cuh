@@ -135,7 +135,7 @@ struct ChunkInfo {
   int flags;
   int chunks;  // of kStates and kTransition: chunks of the item; of padding: tokens; of kShares: first chunks without o
   int tile;    // of kStates: the item's first
-  int item;    // of kTransition: how many items came before in this block
+  int item;    // of kTransition: how many items came before in this block; of kShares: first chunks that decide
   // Of a prefill's first chunk: where the state of its value head comes from, and where it goes behind the run's last.
   const void* initial_state;  // null for zero
   void* final_state;          // null for nowhere
@@ -258,29 +258,22 @@ cudaError_t allow_shared_bytes(int shared_bytes) {
   return cudaSuccess;
 }
 
-// With overlap the launch need not wait for the kernel before; the kernel itself does.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_grid(void (*kernel)(Parameters...), int grid, int threads, int shared_bytes, bool overlap,
-                        cudaStream_t stream, const Arguments&... arguments) {
+// One grid of a kernel that runs the pipeline. With overlap the launch need not wait for the kernel before.
+template <auto kKernel, typename Arguments>
+cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
+  const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
-  config.blockDim = dim3(threads);
+  config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-// One grid of a kernel that runs the pipeline.
-template <auto kKernel, typename Arguments>
-cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
-  const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
-  if (error != cudaSuccess) return error;
-  return launch_grid(kKernel, grid, kThreads, shared_bytes, overlap, stream, arguments);
+  return cudaLaunchKernelEx(&config, kKernel, arguments);
 }
 
 }  // namespace flashkda::chunk_kda

@@ -153,9 +153,8 @@ cudaError_t launch_transitions(const ChunkKdaTransitionParams& p, int grid, cuda
       arguments, grid, TransitionLayout<G>::kBytes, overlap, stream);
 }
 
-// Waits for all before it; who reads the words waits for this kernel, and the rest of the launch need not.
+// Who reads the words waits for this kernel, and the rest of the launch need not.
 static __global__ void clear_kernel(int* words, int count) {
-  cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
   for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
 }
@@ -189,8 +188,8 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   if (clears_status || (has_shares && !p.cu_seqlens)) {
     char* const begin = workspace + (clears_status ? layout.status : plan.shares.words);
     char* const end = workspace + (has_shares ? plan.shares.words_end : layout.bytes);
-    const cudaError_t error = launch_grid(clear_kernel, 1, 128, 0, true, stream, reinterpret_cast<int*>(begin),
-                                          int((end - begin) / sizeof(int)));
+    clear_kernel<<<1, 128, 0, stream>>>(reinterpret_cast<int*>(begin), int((end - begin) / sizeof(int)));
+    const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
   if (has_shares) {

@@ -4,11 +4,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "params.h"
 #include "sm90/chunk_kda/config.h"
-#include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 
 namespace flashkda::chunk_kda_fwd {
@@ -24,7 +22,6 @@ __global__ void __launch_bounds__(kPlanSharesThreads)
                        Piece* pieces, int* words, int word_count) {
   __shared__ int clean[kMostSharedSequences + 1];
   __shared__ int before[kMostSharedSequences + 1];  // of pieces of a value head, sequences before
-  cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();
   const int thread = threadIdx.x, lane = thread % 32;
   if (thread < 32) {
@@ -117,9 +114,9 @@ inline cudaError_t launch_plan_shares(const ChunkKdaParams& p, const Plan& plan,
   int* const words = reinterpret_cast<int*>(workspace + plan.shares.words);
   const int word_count = int((plan.shares.words_end - plan.shares.words) / sizeof(int));
   const auto launch = [&](const auto* cu_seqlens) {
-    return chunk_kda::launch_grid(plan_shares_kernel<std::remove_cv_t<std::remove_pointer_t<decltype(cu_seqlens)>>>, 1,
-                                  kPlanSharesThreads, 0, true, stream, cu_seqlens, p.sequences, p.value_heads,
-                                  int(p.tokens), plan.shares_grid, offsets, pieces, words, word_count);
+    plan_shares_kernel<<<1, kPlanSharesThreads, 0, stream>>>(cu_seqlens, p.sequences, p.value_heads, int(p.tokens),
+                                                             plan.shares_grid, offsets, pieces, words, word_count);
+    return cudaGetLastError();
   };
   return p.cu_seqlens_is_64bit ? launch(static_cast<const int64_t*>(p.cu_seqlens))
                                : launch(static_cast<const int32_t*>(p.cu_seqlens));
