@@ -127,7 +127,7 @@ constexpr int64_t kFirstNs = 9500;              // of transitions in the blocks 
 constexpr int64_t kAheadNs = 12000;             // of transitions in a grid ahead that does not
 constexpr int64_t kRoundNs = 12000;             // of each further item of a block of theirs
 constexpr int64_t kSharesNs = 4000;             // of shares, beside their chunks
-constexpr int64_t kLeftOverNs = 2500;           // half of what shares cost that leave everything to the next pass
+constexpr int64_t kLeastGainNs = 2500;          // with fast gates, for what slow ones lose
 
 // With one_segment, how a sequence is computed depends on nothing but itself.
 inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment, int sm_count,
@@ -192,7 +192,7 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   if (may_cut && 2 * heads <= sm_count && (plan.segments > 1 || has_cu_seqlens) && sequences <= kMostSharedSequences) {
     const int64_t share = (mean_chunks + sm_count / heads - 1) / (sm_count / heads);
     const int64_t warm_up = std::min<int64_t>(2 + share / 96, kMostWarmUpChunks);
-    if (chunks > warm_up && (share + warm_up) * kScanNs[2] + kSharesNs + kLeftOverNs < fast) {
+    if (chunks > warm_up && (share + warm_up) * kScanNs[2] + kSharesNs + kLeastGainNs < fast) {
       plan.share = int(share);
       plan.pieces = int((chunks + share - 1) / share);
       plan.shares_grid = has_cu_seqlens ? sm_count : int(heads) * plan.pieces;
