@@ -300,20 +300,23 @@ def main() -> None:
     print("shape            gates   floor |" + " |".join(f"{LABELS[impl]:>{width}}" for impl, width in widths.items()))
     peers = {peer: version(distribution) for peer, distribution in DISTRIBUTIONS.items()}
     rows: list[Row] = []
-    with torch.no_grad():
-        for shape in shapes:
-            floor = moved_bytes(shape) / ceiling / 1e3
-            here = [impl for impl in impls if impl != "fla" or shape["name"] in with_fla]
-            for regime in args.regimes:
-                results = measure(shape, regime, here, 5 if args.quick else 25, not args.quick)
-                rows += [row | {"floor_us": round(floor, 2)} for row in results.values()]
-                print(f"{shape['name']:16} {regime:5} {floor:7.1f} |{line(results, floor)}", flush=True)
-            if not args.quick:  # a run that is cut short, or a peer that breaks the device, leaves what there is
-                written = write("prefill", rows, ceilings={"copy_gb_s": round(ceiling)}, peers=peers)
-            torch.cuda.empty_cache()  # what the graphs held
-    print(summary(rows))
-    if not args.quick:
-        print(written)
+    written = None
+    try:
+        with torch.no_grad():
+            for shape in shapes:
+                floor = moved_bytes(shape) / ceiling / 1e3
+                here = [impl for impl in impls if impl != "fla" or shape["name"] in with_fla]
+                for regime in args.regimes:
+                    results = measure(shape, regime, here, 5 if args.quick else 25, not args.quick)
+                    rows += [row | {"floor_us": round(floor, 2)} for row in results.values()]
+                    print(f"{shape['name']:16} {regime:5} {floor:7.1f} |{line(results, floor)}", flush=True)
+                    if not args.quick:  # a run that is cut short leaves what there is
+                        written = write("prefill", rows, ceilings={"copy_gb_s": round(ceiling)}, peers=peers)
+                torch.cuda.empty_cache()  # what the graphs held
+    finally:  # a peer that broke the device leaves what was measured before it
+        print(summary(rows))
+        if written:
+            print(written)
 
 
 if __name__ == "__main__":

@@ -150,9 +150,8 @@ def main() -> None:
                     f"{phase:9} {mode:8} {impl:13} {rows[-1]['tokens_s']:12.0f} tokens/s (spread {spread:.2f}), "
                     f"{rows[-1]['graph_breaks']} graph breaks, first call {rows[-1]['first_s']:.1f} s"
                 )
-            written = write(
-                "transformers", rows, sizes=sizes, peers=peers
-            )  # a run that is cut short leaves what it has
+            # At once: a run that is cut short leaves what it has.
+            written = write("transformers", rows, sizes=sizes, peers=peers)
     print(written)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -193,15 +194,21 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@functools.cache
+def _commit() -> tuple[str | None, bool]:
+    """The commit that is measured, and whether the tree has changes, which a result that is written would be one of."""
+    if commit := os.environ.get("FLASHKDA_COMMIT"):
+        return commit, False
+    return _output("git", "rev-parse", "--short=12", "HEAD"), bool(_output("git", "status", "--porcelain"))
+
+
 def write(bench: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
     """Write ``results/<bench>-<gpu>.json``; ``FLASHKDA_COMMIT`` names the commit of an exported tree."""
-    commit, status = os.environ.get("FLASHKDA_COMMIT"), None
-    if commit is None:
-        commit, status = _output("git", "rev-parse", "--short=12", "HEAD"), _output("git", "status", "--porcelain")
+    commit, dirty = _commit()
     record: dict[str, Any] = {
         "bench": bench,
         "commit": commit,
-        "dirty": bool(status),
+        "dirty": dirty,
         "date": date.today().isoformat(),
         "torch": torch.__version__,
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -131,6 +132,22 @@ def cotangents(call: Call, seed: int = 7) -> tuple[Tensor, Tensor]:
     state = (N, HV, V, K) if call.get("state_v_first") else (N, HV, K, V)
     do, dht = (torch.randn(shape, generator=generator).bfloat16() for shape in (v.shape, state))
     return do.to(v.device, v.dtype), dht.to(v.device, torch.promote_types(v.dtype, torch.float32))
+
+
+Result = TypeVar("Result")
+
+
+def graph_of(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A CUDA graph of ``function``, and what its replays write to. A call on another stream comes first, as it must."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
 
 
 def requiring_grad(call: Call, names: tuple[str, ...] = DIFFERENTIABLE) -> Call:

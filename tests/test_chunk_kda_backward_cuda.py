@@ -18,6 +18,7 @@ from helpers import (
     Call,
     cotangents,
     error,
+    graph_of,
     kernel_call,
     random_cu_seqlens,
     reference,
@@ -450,14 +451,7 @@ def test_a_captured_training_step_replays_with_any_sequences(replays: int, T: in
         outputs = forward(call)
         return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, (do, dht))]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = graph_of(step)
     tokens = [call[name].detach() for name in TOKENS]
     for _ in range(replays):
         cu = random_cu_seqlens(T, N, generator)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from helpers import BETAS, GATES, TOKENS, Call, error, kernel_call, paged, random_cu_seqlens, reference
+from helpers import BETAS, GATES, TOKENS, Call, error, graph_of, kernel_call, paged, random_cu_seqlens, reference
 
 import flashkda_ops
 from flashkda_ops import cuda
@@ -106,26 +107,30 @@ def test_alpha_near_one_with_beta_near_two_stays_finite_and_close() -> None:
     assert max(errors(call)) < 2e-2
 
 
-def test_rows_of_other_sequences_and_of_padding_never_leak() -> None:
-    call = kernel_call(200, cu_seqlens=[0, 50, 130, 170])
+@pytest.mark.parametrize(("T", "cu"), [(200, [0, 50, 130, 170]), (3000, [0, 500, 1300, 2700])], ids=["whole", "shares"])
+def test_rows_of_other_sequences_and_of_padding_never_leak(T: int, cu: list[int]) -> None:
+    call = kernel_call(T, cu_seqlens=cu)
+    _, first, second, end = cu
     o, state = run(call)
     poisoned = dict(call)
     for name in TOKENS:
         poisoned[name] = call[name].clone()
-        poisoned[name][:, 50:130] = torch.nan
-        poisoned[name][:, 170:] = torch.nan
+        poisoned[name][:, first:second] = torch.nan
+        poisoned[name][:, end:] = torch.nan
     o_poisoned, state_poisoned = run(poisoned)
-    kept = [*range(50), *range(130, 200)]
-    assert torch.equal(o_poisoned[:, kept], o[:, kept]) and not o[:, 170:].any()
+    kept = [*range(first), *range(second, T)]
+    assert torch.equal(o_poisoned[:, kept], o[:, kept]) and not o[:, end:].any()
     assert torch.equal(state_poisoned[[0, 2]], state[[0, 2]])
 
 
+@pytest.mark.parametrize("T", [100, 3000], ids=["whole", "shares"])
 @pytest.mark.parametrize(
     "cu", [[0, 50, 30, 100], [-5, 40, 1000, 2000], [90, 10, 5, 100], [300, 200, 100, 0], [-3, -2, -1, -1]]
 )
-def test_a_malformed_cu_seqlens_is_taken_as_its_clamped_running_maximum(cu: list[int]) -> None:
-    call = kernel_call(100, cu_seqlens=cu)
-    safe = torch.tensor(cu, device="cuda").clamp(0, 100).cummax(0).values
+def test_a_malformed_cu_seqlens_is_taken_as_its_clamped_running_maximum(cu: list[int], T: int) -> None:
+    cu = [i * T // 100 for i in cu]
+    call = kernel_call(T, cu_seqlens=cu)
+    safe = torch.tensor(cu, device="cuda").clamp(0, T).cummax(0).values
     assert all(torch.equal(a, b) for a, b in zip(run(call), run(call | {"cu_seqlens": safe}), strict=True))
 
 
@@ -206,34 +211,34 @@ def test_gates_of_any_speed_enter_segments() -> None:
         assert error(actual, exact) < 1.15 * error(whole, exact) + 1e-5
 
 
-def test_captured_calls_replay_with_any_sequences_interleaved() -> None:
+@pytest.mark.parametrize(
+    "sizes", [[(512, 6), (256, 3)], [(3000, 3), (1500, 2), (1100, 0)]], ids=["whole", "shares, and a dense call"]
+)
+def test_captured_calls_replay_with_any_sequences_and_gates_interleaved(sizes: list[tuple[int, int]]) -> None:
     generator = torch.Generator().manual_seed(0)
     captured = []
-    for T, N in ((512, 6), (256, 3)):
-        call = kernel_call(T, H=4, cu_seqlens=[0] + [T] * N)
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            run(call)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = run(call)
-        captured.append((T, N, call, graph, results, side))
+    for T, N in sizes:
+        call = kernel_call(T, H=4, cu_seqlens=[0] + [T] * N if N else None)
+        graph, results = graph_of(functools.partial(run, call))
+        captured.append((T, N, call, graph, results, torch.cuda.Stream()))
     for replay in range(50):
         for T, N, call, graph, results, side in captured:
-            cu = random_cu_seqlens(T, N, generator)
-            call["cu_seqlens"].copy_(cu)
             for name in TOKENS:
                 call[name].normal_()
-                call[name][:, int(cu[-1]) :] = torch.nan
+            call["g"][:, :, : replay % 5] -= 8  # heads whose gates are slow
+            if N:
+                cu = random_cu_seqlens(T, N, generator)
+                call["cu_seqlens"].copy_(cu)
+                for name in TOKENS:
+                    call[name][:, int(cu[-1]) :] = torch.nan
             for result in results:
                 result.fill_(torch.nan)
             torch.cuda.synchronize()
             with torch.cuda.stream(side if replay % 2 else torch.cuda.current_stream()):
                 graph.replay()
         torch.cuda.synchronize()
-        for _, _, call, _, results, _ in captured:
-            end = int(call["cu_seqlens"][-1])
+        for T, N, call, _, results, _ in captured:
+            end = int(call["cu_seqlens"][-1]) if N else T
             assert all(torch.equal(a, b) for a, b in zip(results, run(call), strict=True))
             assert not results[0][:, end:].any()
 

@@ -14,7 +14,17 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-from helpers import DIFFERENTIABLE, TOKENS, Call, error, kernel_call, make_call, random_cu_seqlens, requiring_grad
+from helpers import (
+    DIFFERENTIABLE,
+    TOKENS,
+    Call,
+    error,
+    graph_of,
+    kernel_call,
+    make_call,
+    random_cu_seqlens,
+    requiring_grad,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -269,14 +279,7 @@ def replayed() -> list[float]:
         )
         return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, (do, dht))]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = graph_of(step)
     worst = []
     for _ in range(5):
         border = int(torch.randint(1, T, (), generator=generator))

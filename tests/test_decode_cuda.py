@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BETAS, GATES, TOKENS, Call, error, make_call, output_error, paged, reference, rows
+from helpers import BETAS, GATES, TOKENS, Call, error, graph_of, make_call, output_error, paged, reference, rows
 from torch import Tensor, nn
 
 from flashkda_ops import chunk_kda, cuda, recurrent_kda_paged
@@ -563,14 +563,7 @@ def test_the_portable_path_replays_with_another_cu_seqlens() -> None:
         o, state = chunk_kda(**call, output_final_state=True)
         return o, state, *torch.autograd.grad((o, state), tokens, (torch.ones_like(o), torch.ones_like(state)))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
+    graph, outputs = graph_of(step)
     for bounds in ([0, 0, 0, 0], [0, 200, 200, 200], [0, 1, 2, 3], [0, 33, 97, 200]):
         call["cu_seqlens"].copy_(torch.tensor(bounds))
         graph.replay()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -56,7 +56,7 @@ Plans = Callable[[list[tuple[int, ...]]], list[dict[str, int]]]
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plans]:
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -69,7 +69,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plans]:
         lines = subprocess.run([program], input=text, text=True, check=True, capture_output=True).stdout.splitlines()
         return [dict(zip(FIELDS, map(int, line.split()), strict=True)) for line in lines]
 
-    yield plan
+    return plan
 
 
 TOKENS = [0, 1, 16, 17, 100, 300, 512, 1024, 3000, 4096, 8192, 131072, 1 << 24]

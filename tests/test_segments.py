@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEFAULTS, DIFFERENTIABLE, Call, cotangents, error, kernel_call, make_call
+from helpers import DEFAULTS, DIFFERENTIABLE, Call, cotangents, error, graph_of, kernel_call, make_call
 from torch import Tensor
 
 from flashkda_ops import segments
@@ -146,13 +146,7 @@ def test_packed_outputs_in_segments_are_as_close(options: dict[str, Any]) -> Non
 def test_captured_segments_replay_with_other_sequences() -> None:
     call = kernel_call(32768, H=2, HV=2, cu_seqlens=[0, 9000, 31000])
     a = chunk_kda.Arguments(**call, output_final_state=True)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        chunk_kda.op(*a)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = chunk_kda.op(*a)
+    graph, results = graph_of(lambda: chunk_kda.op(*a))
     for cu_seqlens in ([0, 1, 32768], [0, 20000, 20000], [100, 4096, 8192], [0, -5, 40000], [7, 3, 1]):
         call["cu_seqlens"].copy_(torch.tensor(cu_seqlens))
         graph.replay()

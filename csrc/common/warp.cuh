@@ -20,6 +20,16 @@ __device__ __forceinline__ float3 warp_sum(float3 x) {
   return x;
 }
 
+// op over the lanes up to one's own.
+template <typename Op>
+__device__ __forceinline__ int warp_running(int x, int lane, Op op) {
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, x, offset);
+    if (lane >= offset) x = op(x, other);
+  }
+  return x;
+}
+
 // Sums kValues (a power of two, at most 32) values over the warp. Instead of five shuffles a value, each step halves
 // the values a lane is responsible for: kValues - 1 shuffles for the first log2(kValues) steps, then one a step. Lane l
 // returns the total of value l / (32 / kValues).

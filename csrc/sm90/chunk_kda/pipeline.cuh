@@ -115,10 +115,14 @@ struct PackedSequence {
   int length;
 };
 
+// The cleaned cu_seqlens.
+__device__ __forceinline__ const int* packed_offsets(const void* plan, int sequences) {
+  return reinterpret_cast<const int*>(static_cast<const char*>(plan) + plan_layout(sequences).offsets);
+}
+
 __device__ __forceinline__ PackedSequence packed_sequence(const void* plan, int sequences, int rank) {
-  const PlanLayout layout = plan_layout(sequences);
-  const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(plan) + layout.offsets);
-  const int index = reinterpret_cast<const int*>(static_cast<const char*>(plan) + layout.order)[rank];
+  const int* offsets = packed_offsets(plan, sequences);
+  const int index = reinterpret_cast<const int*>(static_cast<const char*>(plan) + plan_layout(sequences).order)[rank];
   const int begin = offsets[index];
   return {index, begin, offsets[index + 1] - begin};
 }

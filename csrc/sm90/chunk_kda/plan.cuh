@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/warp.cuh"
 #include "params.h"
 #include "sm90/chunk_kda/config.h"
 
@@ -21,6 +22,12 @@ __device__ __forceinline__ int length_class(int length) {
   return kLengthClasses - 1 - rank;
 }
 
+// An entry of cu_seqlens, within the tokens there are.
+template <typename Offset>
+__device__ __forceinline__ int clamped_offset(Offset given, int tokens) {
+  return given < 0 ? 0 : given > tokens ? tokens : int(given);
+}
+
 // running[i] = op over value(0) .. value(i), for i < count. One block, which is in step afterwards. Values are not
 // negative; 0 changes nothing.
 template <typename Value, typename Op>
@@ -29,11 +36,7 @@ __device__ __forceinline__ void running_totals(int* running, int count, int (&wa
   int carry = 0;
   for (int first = 0; first < count; first += kPlanThreads) {
     const int i = first + thread;
-    int x = i < count ? value(i) : 0;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, x, offset);
-      if (lane >= offset) x = op(x, other);
-    }
+    int x = warp_running(i < count ? value(i) : 0, lane, op);
     if (lane == 31) warp_values[warp] = x;
     __syncthreads();
     for (int w = 0; w < warp; ++w) x = op(x, warp_values[w]);
@@ -60,10 +63,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const Offset* cu_seq
   if (thread == 0) *reinterpret_cast<int*>(workspace + layout.ticket) = 0;
   if (thread < kLengthClasses) starts[thread] = 0;
 
-  const auto clamped = [&](int i) {
-    const Offset given = cu_seqlens[i];
-    return given < 0 ? 0 : given > tokens ? tokens : int(given);
-  };
+  const auto clamped = [&](int i) { return clamped_offset(cu_seqlens[i], tokens); };
   running_totals(offsets, sequences + 1, warp_values, clamped, [](int a, int b) { return max(a, b); });
   if (tile_offsets) {
     const auto tiles_before = [&](int i) {
@@ -79,12 +79,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const Offset* cu_seq
   if (warp == 0) {
     int count = 0;
     for (int i = 0; i < kLengthClasses / 32; ++i) count += starts[lane * (kLengthClasses / 32) + i];
-    int before = count;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, before, offset);
-      if (lane >= offset) before += other;
-    }
-    before -= count;
+    int before = warp_running(count, lane, [](int a, int b) { return a + b; }) - count;
     for (int i = 0; i < kLengthClasses / 32; ++i) {
       int& start = starts[lane * (kLengthClasses / 32) + i];
       const int here = start;

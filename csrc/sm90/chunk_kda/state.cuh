@@ -91,4 +91,26 @@ __device__ __forceinline__ void copy_and_decay(float (&state)[2][32], uint32_t (
   }
 }
 
+// The same for all of K, ahead of a chunk that no other comes before.
+__device__ __forceinline__ void copy_and_decay(float (&state)[2][32], uint32_t (&copy)[32], uint32_t decays) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float4 d[4];
+    load_decays(d, decays, half);
+    copy_and_decay(state, copy, half, d);
+  }
+}
+
+// The products of that copy with rows of 128 channels, whose second halves lie `half_bytes` on.
+template <int kCount>
+__device__ __forceinline__ void multiply_copy(float (&d)[kCount], const uint32_t (&copy)[32], cute::GmmaDescriptor rows,
+                                              int half_bytes, cute::SM90::GMMA::ScaleOut first) {
+  using cute::SM90::GMMA::ScaleOut;
+#pragma unroll
+  for (int m = 0; m < 8; ++m) {
+    wgmma<cute::SM90::GMMA::Major::K>(d, copy + 4 * m, moved(rows, m / 4 * half_bytes + m % 4 * 32),
+                                      m == 0 ? first : ScaleOut::One);
+  }
+}
+
 }  // namespace flashkda::chunk_kda

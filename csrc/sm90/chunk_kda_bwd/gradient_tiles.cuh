@@ -11,6 +11,7 @@
 #include "common/elements.cuh"
 #include "common/hopper.cuh"
 #include "common/math.cuh"
+#include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda_bwd/config.h"
 
 namespace flashkda::chunk_kda_bwd {
@@ -116,8 +117,7 @@ __device__ __forceinline__ TileInfo read_tile(const GradientArguments& a, int im
   }
   const char* workspace = static_cast<const char*>(p.workspace);
   const int* tiles = reinterpret_cast<const int*>(workspace + a.layout.tile_offsets);
-  const int* offsets =
-      reinterpret_cast<const int*>(workspace + a.layout.plan + chunk_kda::plan_layout(p.sequences).offsets);
+  const int* offsets = chunk_kda::packed_offsets(workspace + a.layout.plan, p.sequences);
   // The last sequence whose tiles begin at this one or before: the one after it begins later, so it has tiles.
   int low = 0, high = p.sequences - 1;
   while (low < high) {

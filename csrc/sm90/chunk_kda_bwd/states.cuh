@@ -273,14 +273,7 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
       keep(system.reg32_[0]);
     };
 
-    if (chunks > 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float4 d[4];
-        load_half_decays(d, half);
-        copy_and_decay(state, copy, half, d);
-      }
-    }
+    if (chunks > 0) copy_and_decay(state, copy, pair_decays + cursor.stage * kFactorBytes);
     if (chunks == 0) {
       mbarrier_arrive(barriers.empty(cursor.stage));
       cursor.advance(1);
@@ -295,10 +288,7 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         uint32_t packed[4];
         cute::warpgroup_arrive();
         wgmma<Major::MN>(e, d_o, moved(system, 16 * 16), ScaleOut::Zero);
-#pragma unroll
-        for (int m = 0; m < 8; ++m) {
-          wgmma<Major::K>(e, copy + 4 * m, moved(tiles, L::kGateOffset + m / 4 * kTileBytes + m % 4 * 32));
-        }
+        multiply_copy(e, copy, moved(tiles, L::kGateOffset), kTileBytes, ScaleOut::One);
         cute::warpgroup_commit_batch();
         wgmma<Major::MN>(state[0], d_o, moved(tiles, kQueryOffset));
         wgmma<Major::MN>(state[1], d_o, moved(tiles, kQueryOffset + 4096));
@@ -351,11 +341,7 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
         float w[8], u[8];
         uint32_t packed[4];
         cute::warpgroup_arrive();
-#pragma unroll
-        for (int m = 0; m < 8; ++m) {
-          wgmma<Major::K>(w, copy + 4 * m, moved(tiles, kKeyOffset + m / 4 * 4096 + m % 4 * 32),
-                          m == 0 ? ScaleOut::Zero : ScaleOut::One);
-        }
+        multiply_copy(w, copy, moved(tiles, kKeyOffset), 4096, ScaleOut::Zero);
         cute::warpgroup_commit_batch();
         if (left % kTileChunks == 0) store_image();
         uint32_t v_bits[4];

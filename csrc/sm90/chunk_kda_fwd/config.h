@@ -18,6 +18,8 @@ constexpr int kMaxSegments = 32;
 // Of shares.
 constexpr int kMostWarmUpChunks = 6;
 constexpr int kMostSharedSequences = 128;
+// Squares of R, of S' = S R + B: what is left of a state 2^-24 times as large as before is below its fp32 rounding.
+constexpr float kForgottenSquares = 3.5527136788005009e-15f;  // 2^-48
 
 // What a segment does to the state that enters it: S' = S R + B. R^T is [128 of S'][128 of S] in fp16, as the prefill
 // multiplies with it: byte of (j, c): j / 64 * 16384 + c / 64 * 8192 + j % 64 * 128 + ((c % 64 / 8) ^ (j % 8)) * 16 + c
@@ -96,6 +98,7 @@ constexpr int kNoCheckpoint = INT32_MAX;  // tokens; behind those of a sequence 
 // blocks take halves of heads, by the blocks that take the same segments in the prefill. Or the pass ahead of any of
 // these in which all blocks take equal shares.
 enum class Cut { kWhole, kMapsAhead, kMapsFirst, kShares };
+constexpr bool in_segments(Cut cut) { return cut == Cut::kMapsAhead || cut == Cut::kMapsFirst; }
 
 struct Plan {
   int scans;           // halves of a value head's V that a block takes
@@ -128,6 +131,8 @@ constexpr int64_t kAheadNs = 12000;             // of transitions in a grid ahea
 constexpr int64_t kRoundNs = 12000;             // of each further item of a block of theirs
 constexpr int64_t kSharesNs = 4000;             // of shares, beside their chunks
 constexpr int64_t kLeastGainNs = 2500;          // with fast gates, for what slow ones lose
+
+constexpr size_t align_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 // With one_segment, how a sequence is computed depends on nothing but itself.
 inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seqlens, bool one_segment, int sm_count,
@@ -189,7 +194,8 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;
   // Where heads are left over, the passes after are to find as many blocks free: so these take halves or segments of
   // them.
-  if (may_cut && 2 * heads <= sm_count && (plan.segments > 1 || has_cu_seqlens) && sequences <= kMostSharedSequences) {
+  if (may_cut && heads > 0 && 2 * heads <= sm_count && (plan.segments > 1 || has_cu_seqlens) &&
+      sequences <= kMostSharedSequences) {
     const int64_t share = (mean_chunks + sm_count / heads - 1) / (sm_count / heads);
     const int64_t warm_up = std::min<int64_t>(2 + share / 96, kMostWarmUpChunks);
     if (chunks > warm_up && (share + warm_up) * kScanNs[2] + kSharesNs + kLeastGainNs < fast) {
@@ -201,14 +207,14 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
         plan.transition_grid = 0;
       }
       plan.warm_up = int(warm_up);
-      plan.shares.words = (plan.workspace_bytes + 15) / 16 * 16;
+      plan.shares.words = align_16(plan.workspace_bytes);
       plan.shares.words_end = plan.shares.words + sizeof(int32_t) * (kHeadWords + 2 * size_t(heads));
-      plan.shares.pieces = (plan.shares.words_end + 15) / 16 * 16;
+      plan.shares.pieces = align_16(plan.shares.words_end);
       plan.workspace_bytes = plan.shares.pieces + (has_cu_seqlens ? sizeof(Piece) * size_t(sm_count) : 0);
     }
   }
   if (checkpoints > 0 || (has_pool && plan.copies_initial_states())) {
-    plan.pool_offset = (plan.workspace_bytes + 15) / 16 * 16;
+    plan.pool_offset = align_16(plan.workspace_bytes);
     plan.workspace_bytes =
         plan.pool_offset + (checkpoints > 0 ? sizeof(Checkpoint) * size_t(sequences) * size_t(checkpoints)
                                             : sizeof(float) * size_t(heads) * kHeadDim * kHeadDim);

@@ -50,8 +50,7 @@ __device__ __forceinline__ Item make_item(const Arguments& arguments, int sequen
     item.length = (last ? int(p.tokens) : item.begin + segment_tokens) - item.begin;
     item.flags = (segment == 0 ? kFromStart : 0) | (last ? kToEnd : 0);
   } else if (p.cu_seqlens) {
-    const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) +
-                                                      chunk_kda::plan_layout(p.sequences).offsets);
+    const int* offsets = packed_offsets(p.workspace, p.sequences);
     item.batch = 0;
     item.begin = offsets[sequence];
     item.length = offsets[sequence + 1] - item.begin;
@@ -118,5 +117,29 @@ __device__ __forceinline__ bool reads_bf16(const ChunkKdaFwdParams& p) {
   return !p.initial_state && p.pool.dtype == Dtype::kBFloat16;
 }
 __device__ __forceinline__ bool writes_bf16(const ChunkKdaFwdParams& p) { return p.pool.dtype == Dtype::kBFloat16; }
+
+// The same places, the initial state on its way to L2.
+__device__ __forceinline__ StatePlaces fetch_states(const ChunkKdaFwdParams& p, const Item& item, int64_t row) {
+  const StatePlaces places = find_states(p, item, row);
+  if (places.initial && item.part == 0)
+    cute::SM90_BULK_COPY_G2S::PREFETCH::copy(places.initial, kHeadDim * kHeadDim * (reads_bf16(p) ? 2 : 4));
+  return places;
+}
+
+// What a chunk of an item is, from a token on with so many left of the run.
+__device__ __forceinline__ void describe(ChunkInfo* info, const Item& item, int token, int left, int flags, int chunks,
+                                         const StatePlaces& states) {
+  info->token = token;
+  info->batch = item.batch;
+  info->value_head = item.value_head;
+  info->sequence = item.sequence;
+  info->left = left;
+  info->part = item.part;
+  info->segment = item.segment;
+  info->flags = flags;
+  info->chunks = chunks;
+  info->initial_state = states.initial;
+  info->final_state = states.final;
+}
 
 }  // namespace flashkda::chunk_kda_fwd

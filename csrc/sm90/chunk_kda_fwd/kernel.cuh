@@ -1,5 +1,5 @@
-// Chunked KDA forward: the pipeline of chunk_kda/pipeline.cuh with a scan that writes o. Its roles are in items.cuh
-// (the loader), chunk_kda/transform.cuh and scan.cuh. Dense calls of few heads run in segments: transition.cuh finds
+// Chunked KDA forward: the pipeline of chunk_kda/pipeline.cuh with a scan that writes o. Its roles are in loader.cuh,
+// chunk_kda/transform.cuh and scan.cuh. Dense calls of few heads run in segments: transition.cuh finds
 // what each does to the state that enters it, entry.cuh takes states through. Where heads do not fill the chip evenly,
 // shares.cuh comes first, which does it all where gates are fast.
 #pragma once
@@ -26,12 +26,11 @@
 namespace flashkda::chunk_kda_fwd {
 
 template <typename G, int kScans, Cut kCut>
-using PrefillLayout =
-    Layout<G, kScans, kOutputBytes + (kCut == Cut::kShares ? Attempt::kBytes / (4 * kScans) : 0),
-           kCut == Cut::kMapsFirst   ? 208
-           : kCut == Cut::kMapsAhead ? 152
-                                     : 144,
-           kCut == Cut::kMapsFirst || kCut == Cut::kMapsAhead ? kMapBytes : 0, kCut == Cut::kMapsFirst>;
+using PrefillLayout = Layout<G, kScans, kOutputBytes + (kCut == Cut::kShares ? Attempt::kBytes / (4 * kScans) : 0),
+                             kCut == Cut::kMapsFirst   ? 208
+                             : kCut == Cut::kMapsAhead ? 152
+                                                       : 144,
+                             in_segments(kCut) ? kMapBytes : 0, kCut == Cut::kMapsFirst>;
 
 // Of all threads of a pass that may come after shares, whose blocks run on beside it. Whether it is known that they
 // leave it nothing to do, in which case it waits for them.
@@ -51,7 +50,7 @@ template <typename T, typename G, bool kBounded, int kScans, Cut kCut>
 __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid_constant__ Arguments arguments) {
   using L = PrefillLayout<G, kScans, kCut>;
   constexpr bool kShares = kCut == Cut::kShares, kMapsFirst = kCut == Cut::kMapsFirst;
-  constexpr bool kSegments = kMapsFirst || kCut == Cut::kMapsAhead;
+  constexpr bool kSegments = in_segments(kCut);
   if constexpr (!kShares) {
     if (is_done(arguments)) return;
   }
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
   [[maybe_unused]] int first_head = -1;
   if constexpr (kShares) {
     attempt = attempt_of<L>(block.shared);
-    if (!arguments.p.cu_seqlens) first_head = blockIdx.x / arguments.shares.pieces % arguments.p.value_heads;
+    if (!arguments.p.cu_seqlens) first_head = read_piece(arguments).value_head;
   }
   if constexpr (kSegments) {
     if (threadIdx.x == 0) {

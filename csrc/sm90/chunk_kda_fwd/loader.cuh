@@ -24,9 +24,7 @@ __device__ __forceinline__ void load_item(const Arguments& arguments, PrefillLoa
     padding = item.length;
     item.length = 0;
   } else {
-    states = find_states(p, item, row);
-    if (states.initial && item.part == 0)
-      cute::SM90_BULK_COPY_G2S::PREFETCH::copy(states.initial, kHeadDim * kHeadDim * (reads_bf16(p) ? 2 : 4));
+    states = fetch_states(p, item, row);
   }
   const Checkpoint* checkpoint = arguments.checkpoints + int64_t(item.sequence) * p.pool.checkpoints;
   int checkpoints = p.pool.checkpoints, done = 0;
@@ -39,17 +37,7 @@ __device__ __forceinline__ void load_item(const Arguments& arguments, PrefillLoa
     for (int chunk = 0; chunk < chunks; ++chunk) {
       ChunkInfo* info = loader.next_info();
       const int token = item.begin + done + chunk * kChunk;
-      info->token = token;
-      info->batch = item.batch;
-      info->value_head = item.value_head;
-      info->sequence = item.sequence;
-      info->left = length - chunk * kChunk;
-      info->part = item.part;
-      info->segment = item.segment;
-      info->flags = flags;
-      info->chunks = padding;
-      info->initial_state = states.initial;
-      info->final_state = final_state;
+      describe(info, item, token, length - chunk * kChunk, flags, padding, {states.initial, final_state});
       if (length > 0) {
         loader.load(maps, item.batch, token, head, item.value_head, item.part);
       } else {
@@ -66,7 +54,7 @@ __device__ __forceinline__ void load_item(const Arguments& arguments, PrefillLoa
 // Of the items of a block; with kMapsFirst one, of whose segment the transition comes first.
 template <typename L, Cut kCut>
 __device__ void load(const Arguments& arguments, const Block<L>& block) {
-  constexpr bool kSegments = kCut != Cut::kWhole;
+  constexpr bool kSegments = in_segments(kCut);
   constexpr int kHalves = 3 - L::kScans;
   const ChunkKdaFwdParams& p = arguments.p;
   const int segments = arguments.segmented.segments;
@@ -87,8 +75,12 @@ __device__ void load(const Arguments& arguments, const Block<L>& block) {
   };
   if constexpr (kCut == Cut::kMapsFirst) {
     Item item;
-    const bool found = !after_shares || take(item);
-    if (!after_shares) item = read_item<L::kScans, kSegments>(arguments, blockIdx.x);
+    bool found = true;
+    if (after_shares) {
+      found = take(item);
+    } else {
+      item = read_item<L::kScans, kSegments>(arguments, blockIdx.x);
+    }
     Loader<TransitionStage<L>> first{block.shared, block.infos(), block.first_barriers()};
     if (found && !(item.flags & kToEnd)) {
       const TransitionItem transition{item.part,       item.segment, item.batch, item.sequence,

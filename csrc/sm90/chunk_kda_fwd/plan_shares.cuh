@@ -5,8 +5,10 @@
 
 #include <cstdint>
 
+#include "common/warp.cuh"
 #include "params.h"
 #include "sm90/chunk_kda/config.h"
+#include "sm90/chunk_kda/plan.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 
 namespace flashkda::chunk_kda_fwd {
@@ -29,16 +31,8 @@ __global__ void __launch_bounds__(kPlanSharesThreads)
     bool is_empty = false;
     for (int first = 0; first <= sequences; first += 32) {
       const int i = first + lane;
-      int x = 0;
-      if (i <= sequences) {
-        const Offset given = cu_seqlens[i];
-        x = given < 0 ? 0 : given > tokens ? tokens : int(given);
-      }
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, x, distance);
-        if (lane >= distance) x = max(x, other);
-      }
-      x = max(x, carry);
+      int x = i <= sequences ? chunk_kda::clamped_offset(cu_seqlens[i], tokens) : 0;
+      x = max(warp_running(x, lane, [](int a, int b) { return max(a, b); }), carry);
       const int left = __shfl_up_sync(0xffffffffu, x, 1);
       const int length = i == 0 || i > sequences ? 0 : x - (lane == 0 ? carry : left);
       is_empty |= i > 0 && i <= sequences && length == 0;
@@ -70,18 +64,16 @@ __global__ void __launch_bounds__(kPlanSharesThreads)
     int sum = 0;
     for (int first = 0; first < sequences; first += 32) {
       const int i = first + lane;
-      int x = i < sequences ? (chunks_of(i) + low - 1) / low : 0;
-      const int here = __reduce_add_sync(0xffffffffu, x), own = x;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, x, distance);
-        if (lane >= distance) x += other;
-      }
-      if (i < sequences) before[i] = sum + x - own;
-      sum += here;
+      const int own = i < sequences ? (chunks_of(i) + low - 1) / low : 0;
+      const int upto = sum + warp_running(own, lane, [](int a, int b) { return a + b; });
+      if (i < sequences) before[i] = upto - own;
+      sum = __shfl_sync(0xffffffffu, upto, 31);
     }
-    if (lane == 0) before[sequences] = sum;
-    if (lane == 0) words[kShareWord] = low;
-    if (lane == 0) words[0] = is_empty ? kLeftOver : 0;
+    if (lane == 0) {
+      before[sequences] = sum;
+      words[kShareWord] = low;
+      words[0] = is_empty ? kLeftOver : 0;
+    }
   }
   for (int i = 1 + thread; i < word_count; i += kPlanSharesThreads) {
     if (i != kShareWord) words[i] = 0;

@@ -8,7 +8,7 @@
 
 #include "common/indices.cuh"
 #include "params.h"
-#include "sm90/chunk_kda/config.h"
+#include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 
 namespace flashkda::chunk_kda_fwd {
@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   const int sequence = blockIdx.x, count = p.pool.checkpoints;
   int length = int(p.tokens);
   if (p.cu_seqlens) {
-    const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) +
-                                                      chunk_kda::plan_layout(p.sequences).offsets);
+    const int* offsets = chunk_kda::packed_offsets(p.workspace, p.sequences);
     length = offsets[sequence + 1] - offsets[sequence];
   }
   const int64_t first = int64_t(sequence) * count;

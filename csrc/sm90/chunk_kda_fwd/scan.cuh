@@ -47,7 +47,7 @@ template <typename T, typename L, Cut kCut>
 __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared, Barriers barriers) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
-  constexpr bool kSegments = kCut == Cut::kMapsAhead || kCut == Cut::kMapsFirst, kShares = kCut == Cut::kShares;
+  constexpr bool kSegments = in_segments(kCut), kShares = kCut == Cut::kShares;
   const ChunkKdaFwdParams& p = arguments.p;
   const int warpgroup = threadIdx.x / 128;
   const int warp = threadIdx.x / 32 % 4;
@@ -108,12 +108,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
       clear_o<T>(p, where, load_shared<int>(info + offsetof(ChunkInfo, chunks)), column - warp * 16);
 
     if (length > 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float4 d[4];
-        load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
-        copy_and_decay(state, copy, half, d);
-      }
+      copy_and_decay(state, copy, pair_decays + cursor.stage * kFactorBytes);
     }
 
     // This thread's 16 bytes of o leave a chunk late, where there is time to read them back from shared memory.
@@ -141,11 +136,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
         float both[16];
         const cute::GmmaDescriptor keys = swizzled_128b(stage + kKeyOffset);
         cute::warpgroup_arrive();
-#pragma unroll
-        for (int m = 0; m < 8; ++m) {
-          wgmma<Major::K>(both, copy + 4 * m, moved(keys, m / 4 * 4096 + m % 4 * 32),
-                          m == 0 ? ScaleOut::Zero : ScaleOut::One);
-        }
+        multiply_copy(both, copy, keys, 4096, ScaleOut::Zero);
         cute::warpgroup_commit_batch();
 
         store_o();
@@ -226,8 +217,7 @@ __device__ __forceinline__ void scan(const Arguments& arguments, uint32_t shared
   // Rows outside every sequence.
   if (p.cu_seqlens) {
     cudaGridDependencySynchronize();
-    const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) +
-                                                      chunk_kda::plan_layout(p.sequences).offsets);
+    const int* offsets = packed_offsets(p.workspace, p.sequences);
     const int64_t pieces = int64_t(p.value_heads) * (kHeadDim / 8);  // of 16 bytes, a row
     uint4* o = static_cast<uint4*>(p.o);
     const int64_t start = int64_t(blockIdx.x) * (L::kScans * 128) + threadIdx.x;

@@ -102,22 +102,9 @@ __device__ void load_share(const Arguments& arguments, const Block<L>& block) {
       if (tries > 0 && i >= tries && atomicOr(attempt.word(), 0) == Attempt::kWrong) break;
       const int token = item.begin + i * kChunk;
       loader.issue(maps, item.batch, token, head, item.value_head, 0);
-      if (i == 0) {
-        states = find_states(p, item, row);
-        if (states.initial)
-          cute::SM90_BULK_COPY_G2S::PREFETCH::copy(states.initial, kHeadDim * kHeadDim * (reads_bf16(p) ? 2 : 4));
-      }
-      info->token = token;
-      info->batch = item.batch;
-      info->value_head = item.value_head;
-      info->sequence = item.sequence;
-      info->left = item.length - i * kChunk;
-      info->part = 0;
-      info->flags = item.flags | (i < tries ? kWarmsUp : 0);
-      info->chunks = silent;
+      if (i == 0) states = fetch_states(p, item, row);
+      describe(info, item, token, item.length - i * kChunk, item.flags | (i < tries ? kWarmsUp : 0), silent, states);
       info->item = tries;
-      info->initial_state = states.initial;
-      info->final_state = states.final;
       loader.arm(maps);
       if (i + 1 >= tries) allow_counting();
     }
@@ -132,7 +119,6 @@ __device__ __forceinline__ void try_piece(const Arguments& arguments, uint32_t s
                                           Cursor<L::kStages>& cursor) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
-  constexpr float kForgottenSquares = 3.5527136788005009e-15f;  // 2^-48: 2^-24 is nothing beside 1 in fp32
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, pair = lane % 4 * 2;
   const Attempt attempt = attempt_of<L>(shared);
   const auto info_of = [&](const Cursor<L::kStages>& at) {
@@ -166,20 +152,11 @@ __device__ __forceinline__ void try_piece(const Arguments& arguments, uint32_t s
     for (int i = 0; i < tries; ++i, at.advance(1)) {
       const uint32_t stage = shared + at.stage * L::kStageBytes;
       const uint32_t factors = shared + L::kFactors + at.stage * kFactorBytes;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float4 d[4];
-        load_decays(d, factors + kDecayOffset + lane % 4 * 16, half);
-        copy_and_decay(rows, copy, half, d);
-      }
+      copy_and_decay(rows, copy, factors + kDecayOffset + lane % 4 * 16);
       float w[8];
       const cute::GmmaDescriptor keys = swizzled_128b(stage + kKeyOffset);
       cute::warpgroup_arrive();
-#pragma unroll
-      for (int m = 0; m < 8; ++m) {
-        wgmma<Major::K>(w, copy + 4 * m, moved(keys, m / 4 * 4096 + m % 4 * 32),
-                        m == 0 ? ScaleOut::Zero : ScaleOut::One);
-      }
+      multiply_copy(w, copy, keys, 4096, ScaleOut::Zero);
       cute::warpgroup_commit_batch();
       const float2 c[2] = {load_shared<float2>(factors + kColumnScaleOffset + pair * 4),
                            load_shared<float2>(factors + kColumnScaleOffset + pair * 4 + 32)};
@@ -271,8 +248,7 @@ __device__ __forceinline__ void wait_for_pieces(const ChunkKdaParams& p, const S
                                                 const LeftOver& left) {
   int pieces = shares.pieces;
   if (p.cu_seqlens) {
-    const int* offsets = reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) +
-                                                      chunk_kda::plan_layout(p.sequences).offsets);
+    const int* offsets = packed_offsets(p.workspace, p.sequences);
     const int chunks = (offsets[left.sequence + 1] - offsets[left.sequence] + kChunk - 1) / kChunk;
     const int share = shares.words[kShareWord];
     pieces = (chunks + share - 1) / share;

@@ -46,6 +46,13 @@ struct TransitionItem {
   int length;
 };
 
+// Of a segment that is not its sequence's last.
+__device__ __forceinline__ TransitionItem transition_of(const SegmentArguments& segmented, int sequence, int value_head,
+                                                        int segment, int part) {
+  const int length = segmented.segment_chunks * kChunk;
+  return {part, segment, sequence, sequence, value_head, segment * length, length};
+}
+
 template <bool kSegments>
 __device__ __forceinline__ TransitionItem read_transition(const TransitionArguments& arguments, int index) {
   const ChunkKdaParams& p = arguments.p;
@@ -61,8 +68,7 @@ __device__ __forceinline__ TransitionItem read_transition(const TransitionArgume
   item.value_head = index - rank * p.value_heads;
   item.sequence = item.batch = rank;
   if constexpr (kSegments) {
-    item.length = arguments.segmented.segment_chunks * kChunk;
-    item.begin = item.segment * item.length;
+    return transition_of(arguments.segmented, rank, item.value_head, item.segment, item.part);
   } else if (p.cu_seqlens) {
     const PackedSequence packed = packed_sequence(p.workspace, p.sequences, rank);
     item.sequence = packed.index;
@@ -74,12 +80,6 @@ __device__ __forceinline__ TransitionItem read_transition(const TransitionArgume
     item.length = int(p.tokens);
   }
   return item;
-}
-
-// An item of a head that shares have left over.
-__device__ __forceinline__ TransitionItem transition_of(const SegmentArguments& segmented, const LeftOver& left) {
-  const int length = segmented.segment_chunks * kChunk, segment = left.within / 2;
-  return {left.within % 2, segment, left.sequence, left.sequence, left.value_head, segment * length, length};
 }
 
 // What the scan shares, among its warps and with the loader.
@@ -154,7 +154,7 @@ __device__ void load_transitions(const TransitionArguments& arguments, uint32_t 
   if (after_shares) {
     LeftOver left;
     while (take_left_over(p, arguments.shares, kTransitionTicketWord, 2 * (arguments.segmented.segments - 1), left))
-      load_item(transition_of(arguments.segmented, left));
+      load_item(transition_of(arguments.segmented, left.sequence, left.value_head, left.within / 2, left.within % 2));
   } else {
     for (int index = blockIdx.x, next; index < items; index = next) {
       next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
@@ -172,8 +172,6 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
                                                  uint32_t handover) {
   using cute::SM90::GMMA::Major;
   using cute::SM90::GMMA::ScaleOut;
-  // What is left of a state 2^-24 times as large as before is below its fp32 rounding.
-  constexpr float kForgottenSquares = 3.5527136788005009e-15f;  // 2^-48
   // Squares that a few chunks of the same kind would not bring down to that.
   constexpr float kHopelessSquares = 2.44140625e-4f;  // 2^-12
   const auto& p = arguments.p;
@@ -208,12 +206,7 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       offset[j / 32][j % 32] = 0.f;
     }
     if (chunks > 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float4 d[4];
-        load_decays(d, pair_decays + cursor.stage * kFactorBytes, half);
-        copy_and_decay(map, copy, half, d);
-      }
+      copy_and_decay(map, copy, pair_decays + cursor.stage * kFactorBytes);
     }
 
     bool forgotten = false;
@@ -237,11 +230,7 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
       const uint32_t column_scale = shared + L::kFactors + cursor.stage * kFactorBytes + kColumnScaleOffset + pair * 4;
       float e[8], d[8];
       cute::warpgroup_arrive();
-#pragma unroll
-      for (int m = 0; m < 8; ++m) {
-        wgmma<Major::K>(e, copy + 4 * m, moved(tiles, L::kGateOffset + m / 4 * kTileBytes + m % 4 * 32),
-                        m == 0 ? ScaleOut::Zero : ScaleOut::One);
-      }
+      multiply_copy(e, copy, moved(tiles, L::kGateOffset), kTileBytes, ScaleOut::Zero);
       cute::warpgroup_commit_batch();
       add_offset(values_at(stage));
       cute::warpgroup_wait<1>();
