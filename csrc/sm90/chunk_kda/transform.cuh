@@ -245,11 +245,11 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       }
     };
 
-    // Slices at a time. Kr of two slices covers what g of the first took where g has 32 bits, so both slices' gates
-    // come first. Transitions of fast gates end before a second chunk is there to hide the latency of the first; beside
-    // two scans 7 warps transform, and hide less of it than 11, where they have the registers.
+    // Slices at a time. Transitions of fast gates end before a second chunk is there to hide the latency of the first;
+    // beside two scans 7 warps transform, and hide less of it than 11, where they have the registers. (Where g has 32
+    // bits, Kr of a slice lies where g of a slice half as far lay, which has been read.)
     constexpr bool kFewWarps = kPass != Pass::kStates && L::kScans == 2 && L::kTransformRegisters >= 112;
-    constexpr int kTogether = L::kWideGate || kPass == Pass::kTransition || kFewWarps ? 2 : 1;
+    constexpr int kTogether = !L::kWideGate && (kPass == Pass::kTransition || kFewWarps) ? 2 : 1;
     const auto transform_slices = [&](auto with_query) {
 #pragma unroll 1
       for (int first = 0; first < kHeadDim / 16; first += kTogether) {
