@@ -84,13 +84,13 @@ def _sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _tokens_reason(q: Tensor, v: Tensor) -> str | None:
+def _tokens_reason(q: Tensor, v: Tensor, *, any_width: bool = False) -> str | None:
     """Why no kernel serves these (valid) tokens, or None if all do."""
     reason = device_reason(q.device)
     if reason is not None:
         return reason
     K, V = q.shape[3], v.shape[3]
-    if K != 128 or V != 128:
+    if not any_width and (K != 128 or V != 128):
         return f"K={K}, V={V}: the kernel has K=V=128"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"q, k, v are {q.dtype}: the kernel takes bfloat16 or float16"
@@ -287,12 +287,14 @@ def chunk_kda_reason(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    *,
+    any_width: bool = False,
 ) -> str | None:
     """Why the chunk kernels do not serve this (valid) call in either direction, or None if they do.
 
-    Reads no tensor's values.
+    Reads no tensor's values. ``any_width``: or would not if its heads had their number of channels.
     """
-    reason = _tokens_reason(q, v)
+    reason = _tokens_reason(q, v, any_width=any_width)
     if reason is not None:
         return reason
     if initial_state is not None and initial_state.dtype != torch.float32:

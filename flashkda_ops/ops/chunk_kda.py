@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashkda_ops import cuda, portable, segments
+from flashkda_ops import cuda, padding, portable, segments
 from flashkda_ops.ops import chunk_kda_backward, plans
 from flashkda_ops.ops.plans import Plan
 from flashkda_ops.validation import (
@@ -74,10 +74,14 @@ def plan(a: Arguments) -> Plan:
 
 def run(a: Arguments) -> _Computed:
     """The op, with None for what was not asked for: by the kernel where it serves the call, or on the portable path."""
-    sizes, options, kernel, n = plan(a)
+    sizes, options, kernel, n, padded = plan(a)
     validate_checkpoint_interval(a.checkpoint_interval)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
+    if padded and a.checkpoint_interval == 0:
+        o, state, _ = run(padding.widened(a, options.scale)._replace(validate=False))
+        o = o[..., : sizes.V].contiguous()
+        return o, None if state is None else padding.narrowed_state(state, sizes, a.state_v_first), None
     if kernel is None or a.checkpoint_interval != 0:
         o, state, states = portable.chunk_kda(
             *a[:9], options, state_v_first=a.state_v_first, checkpoint_interval=a.checkpoint_interval

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from flashkda_ops import cuda, portable, segments
+from flashkda_ops import cuda, padding, portable, segments
 from flashkda_ops.ops import plans
 from flashkda_ops.ops.plans import Plan
 from flashkda_ops.validation import (
@@ -102,6 +102,8 @@ def run(a: Arguments) -> Sequence[Tensor | None]:
 
 def _compute(a: Arguments, plan: Plan) -> Sequence[Tensor | None]:
     """By the kernels where they serve the call, else on the portable path."""
+    if plan.padded:
+        return padding.narrowed_gradients(run(padding.widened(a, plan.options.scale)), a[2:10])
     if plan.kernel is None:
         if any(a.output_mask[:7]):
             return portable.chunk_kda_backward(*a[:11], plan.options, state_v_first=a.state_v_first)

@@ -75,7 +75,7 @@ def op(*args: Any) -> Tensor:
 
 def run(a: Arguments) -> Tensor:
     tensors = (*a[:5], a.A_log, a.dt_bias, None, a.cu_seqlens)
-    sizes, options, kernel, _ = plans.plan(tensors, a[11:18])
+    sizes, options, kernel, *_ = plans.plan(tensors, a[11:18])
     _validate_pool(a, sizes)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)

@@ -69,7 +69,7 @@ def op(*args: Any) -> tuple[Tensor, Tensor]:
     if checks_values(a.validate, a.k):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
     tensors = (a.k, *a[:6], None, a.cu_seqlens)
-    _, options, kernel, _ = plans.plan(tensors, (None, *a[7:13]))
+    _, options, kernel, *_ = plans.plan(tensors, (None, *a[7:13]))
     if kernel is None:
         return portable.chunk_kda_transition(*a[:7], options, state_v_first=a.state_v_first)
     M, B = _outputs(a, sizes)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from flashkda_ops import cuda, segments
+from flashkda_ops import cuda, padding, segments
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import Sizes, validate_state, validate_tokens
 
@@ -23,13 +23,15 @@ _MOST = 1024
 class Plan(NamedTuple):
     """Of a valid call: its sizes, its options, and what to launch where the kernels serve it.
 
-    ``segments``: in how many the kernels take it, where sequences need not be left whole.
+    ``segments``: in how many the kernels take it, where sequences need not be left whole. ``padded``: the kernels serve
+    it with more channels, of zeros.
     """
 
     sizes: Sizes
     options: KdaOptions
     kernel: cuda.ChunkPlan | None
     segments: int
+    padded: bool = False
 
 
 class _Call(NamedTuple):
@@ -80,6 +82,7 @@ def _make(call: _Call) -> Plan:
     validate_state("initial_state", call.initial_state, call.q, sizes, call.state_v_first)
     options = KdaOptions.of(call)
     if not call.q.is_cuda or cuda.chunk_kda_reason(*call[:9]) is not None:
-        return Plan(sizes, options, None, 1)
+        padded = call.q.is_cuda and padding.fits(sizes) and cuda.chunk_kda_reason(*call[:9], any_width=True) is None
+        return Plan(sizes, options, None, 1, padded)
     kernel = cuda.chunk_plan(*call[:9], options, call.state_v_first)
     return Plan(sizes, options, kernel, segments.of_call(sizes))

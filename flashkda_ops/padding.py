@@ -1,0 +1,73 @@
+"""Heads of fewer channels than the chunk kernels have, filled up with channels that hold nothing.
+
+Where keys and queries are zero a channel of K adds nothing to any product, and its row of the state stays zero; so does
+a column of V whose values are. What is filled in for gates only has to forget: then kernels for fast gates serve these
+channels too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashkda_ops.validation import Sizes
+
+__all__ = ["WIDTH", "fits", "narrowed_gradients", "narrowed_state", "widened"]
+
+WIDTH = 128
+"""Channels of the kernels, of K and of V."""
+
+_NARROWEST = 64  # with fewer channels, most of the work would be on what is filled in
+_RAW_GATE, _LOG_DECAY = 20.0, -10.0  # what forgets, before and after the gate
+
+
+def fits(s: Sizes) -> bool:
+    """Whether filling up makes heads that the kernels may serve."""
+    return all(_NARROWEST <= width <= WIDTH for width in (s.K, s.V)) and (s.K, s.V) != (WIDTH, WIDTH)
+
+
+def _filled(x: Tensor, width: int = WIDTH, value: float = 0.0) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1]), value=value)
+
+
+def _filled_state(x: Tensor) -> Tensor:
+    return F.pad(x, (0, WIDTH - x.shape[-1], 0, WIDTH - x.shape[-2]))
+
+
+def widened(a: Any, scale: float) -> Any:
+    """The arguments of ``flashkda::chunk_kda`` or of its backward pass; ``scale`` is that of the heads as they are."""
+    changes: dict[str, Any] = {name: _filled(getattr(a, name)) for name in ("q", "k", "v")}
+    changes["g"] = _filled(a.g, value=_RAW_GATE if a.use_gate_in_kernel else _LOG_DECAY)
+    changes["scale"] = scale
+    if a.dt_bias is not None:
+        changes["dt_bias"] = _filled(a.dt_bias.reshape(a.g.shape[2:]))
+    if a.initial_state is not None:
+        changes["initial_state"] = _filled_state(a.initial_state)
+    if getattr(a, "do", None) is not None:
+        changes["do"] = _filled(a.do)
+    if getattr(a, "dht", None) is not None:
+        changes["dht"] = _filled_state(a.dht)
+    return a._replace(**changes)
+
+
+def narrowed_state(state: Tensor, s: Sizes, v_first: bool) -> Tensor:
+    rows, columns = (s.V, s.K) if v_first else (s.K, s.V)
+    return state[..., :rows, :columns].contiguous()
+
+
+def narrowed_gradients(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of each input its gradient, where there is one."""
+    narrowed: list[Tensor | None] = []
+    for grad, x in zip(grads, inputs, strict=True):
+        if grad is None or x is None:
+            narrowed.append(None)
+        elif x.dim() == 4:  # tokens, of the same number of heads, or a state
+            narrowed.append(grad[..., : x.shape[-2], : x.shape[-1]].contiguous())
+        elif grad.dim() == 2:  # dt_bias, which may be flat
+            narrowed.append(grad[:, : x.numel() // grad.shape[0]].reshape(x.shape).contiguous())
+        else:
+            narrowed.append(grad)
+    return narrowed
