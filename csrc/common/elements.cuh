@@ -35,6 +35,22 @@ __device__ __forceinline__ void unpack(float (&x)[8], const uint32_t* bits, __ha
   }
 }
 
+__device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
+__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+// sum + x^2
+__device__ __forceinline__ uint32_t add_square_bf16(uint32_t x, uint32_t sum) {
+  asm("fma.rn.bf16x2 %0, %1, %1, %0;" : "+r"(sum) : "r"(x));
+  return sum;
+}
+
 __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) { return pack_bf16(low, high); }
 __device__ __forceinline__ uint32_t pack(float low, float high, __half) { return pack_fp16(low, high); }
 

@@ -32,6 +32,12 @@ __device__ __forceinline__ float rsqrt(float x) {
   return y;
 }
 
+__device__ __forceinline__ float sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float exp(float x) { return ex2(x * kLog2e); }
 
 __device__ __forceinline__ float sigmoid(float x) { return rcp(1.f + exp(-x)); }

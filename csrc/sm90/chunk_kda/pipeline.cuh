@@ -138,7 +138,10 @@ struct ChunkInfo {
   int segment;  // of the sequence
   int flags;
   int chunks;  // of kStates and kTransition: chunks of the item; of padding: tokens; of kShares: first chunks without o
-  int tile;    // of kStates: the item's first
+  union {
+    int tile;    // of kStates: the item's first
+    float kept;  // of kShares, behind the transform of a chunk that warms up: no less than |R| of S' = S R + B
+  };
   int item;    // of kTransition: how many items came before in this block; of kShares: first chunks that decide
   // Of a prefill's first chunk: where the state of its value head comes from, and where it goes behind the run's last.
   const void* initial_state;  // null for zero

@@ -95,7 +95,10 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     const int value_head = int(where.z);
     const int tries =
         kPass == Pass::kShares ? load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) : 0;
-    bool remembers = false;  // kWarmsUp: more than a channel may keep
+    const bool warms_up = tries & kWarmsUp;
+    // Of kWarmsUp, for a bound of R: the largest decay, and squares of rows of Kd and Kr, two channels' sums apart.
+    [[maybe_unused]] float kept = 0.f;
+    [[maybe_unused]] uint32_t kd_squares[2] = {}, kr_squares[2] = {};
 
     // Token lane % 16's beta, on its way while the loop runs.
     const int beta_token = lane % 16;
@@ -233,8 +236,15 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         }
       }
       if constexpr (kPass == Pass::kShares) {
-        if (tries & kWarmsUp)
-          remembers |= fmaxf(fmaxf(last[0], last[1]), fmaxf(last[2], last[3])) > load_shared<float>(attempt.most());
+        if (warms_up) {
+          kept = fmaxf(fmaxf(fmaxf(last[0], last[1]), fmaxf(last[2], last[3])), kept);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t lowered = kBounded ? multiply_bf16(kd[i], pack_bf16(down_scale, down_scale)) : kd[i];
+            kd_squares[i % 2] = add_square_bf16(lowered, kd_squares[i % 2]);
+            kr_squares[i % 2] = add_square_bf16(kr[i], kr_squares[i % 2]);
+          }
+        }
       }
       stmatrix_x4(k_address, kd);
       if constexpr (kQuery) stmatrix_x4(k_address + kQueryOffset, qd);
@@ -255,7 +265,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       for (int first = 0; first < kHeadDim / 16; first += kTogether) {
         if constexpr (kPass == Pass::kShares) {
           if (tries & kTried) {
-            if (__any_sync(0xffffffffu, remembers)) *static_cast<volatile int*>(attempt.word()) = Attempt::kWrong;
+            if (__any_sync(0xffffffffu, kept > load_shared<float>(attempt.most()))) *static_cast<volatile int*>(attempt.word()) = Attempt::kWrong;
             if (load_shared<int>(attempt.address) == Attempt::kWrong) return;
           }
         }
@@ -393,6 +403,37 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         for (int j = 0; j < 4; ++j) {
           if (4 * i + j < s) x[4 * i + j] = fmaf(solved, values[j], x[4 * i + j]);
         }
+      }
+    }
+    if constexpr (kPass == Pass::kShares) {
+      if (warms_up) {
+        // R = d - sum over i >= j of A_ij c_j Kd_j^T Kr_i, so |R| <= max d + sum |A_ij| |c_j| |Kd_j| |Kr_i|.
+        float read[2], written[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float2 kd = unpack_bf16(kd_squares[i]), kr = unpack_bf16(kr_squares[i]);
+          read[i] = kd.x + kd.y;
+          written[i] = kr.x + kr.y;
+#pragma unroll
+          for (int offset = 1; offset < 4; offset *= 2) {
+            read[i] += __shfl_xor_sync(0xffffffffu, read[i], offset);
+            written[i] += __shfl_xor_sync(0xffffffffu, written[i], offset);
+          }
+          read[i] = flashkda::sqrt(read[i]) * fabsf(c[i]);
+        }
+        float sum = 0.f;
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j)
+          sum = fmaf(fabsf(x[j]), __shfl_sync(0xffffffffu, read[j / 8], j % 8 * 4), sum);
+        const float written_low = __shfl_sync(0xffffffffu, written[0], lane % 8 * 4);
+        const float written_high = __shfl_sync(0xffffffffu, written[1], lane % 8 * 4);
+        sum = lane < 16 ? sum * flashkda::sqrt(lane < 8 ? written_low : written_high) : 0.f;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+          sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+          kept = fmaxf(kept, __shfl_xor_sync(0xffffffffu, kept, offset));
+        }
+        if (lane == 0) store_shared(factors + kChunkInfoOffset + offsetof(ChunkInfo, kept), kept + sum);
       }
     }
     // A leaves less I, which the scan adds in fp32; rows of P and PA lifted, as Qd is: what they meet is lowered.

@@ -18,8 +18,8 @@ constexpr int kMaxSegments = 32;
 // Of shares.
 constexpr int kMostWarmUpChunks = 6;
 constexpr int kMostSharedSequences = 128;
-// Squares of R, of S' = S R + B: what is left of a state 2^-24 times as large as before is below its fp32 rounding.
-constexpr float kForgottenSquares = 3.5527136788005009e-15f;  // 2^-48
+// |R|, of S' = S R + B: what is left of a state 2^-24 times as large as before is below its fp32 rounding.
+constexpr float kForgotten = 5.9604644775390625e-8f;  // 2^-24
 
 // What a segment does to the state that enters it: S' = S R + B. R^T is [128 of S'][128 of S] in fp16, as the prefill
 // multiplies with it: byte of (j, c): j / 64 * 16384 + c / 64 * 8192 + j % 64 * 128 + ((c % 64 / 8) ^ (j % 8)) * 16 + c

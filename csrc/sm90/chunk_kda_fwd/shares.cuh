@@ -139,7 +139,10 @@ __device__ __forceinline__ void try_piece(const Arguments& arguments, uint32_t s
   for (int i = 0; i < tries; ++i, at.advance(1)) mbarrier_wait(barriers.ready(at.stage), at.parity);
   // Of all its transform warps, which are done with these chunks.
   bool right = load_shared<int>(attempt.address) != Attempt::kWrong;
-  if (right) {
+  float kept = 1.f;  // of R at most
+  at = cursor;
+  for (int i = 0; i < tries; ++i, at.advance(1)) kept *= load_shared<float>(info_of(at) + offsetof(ChunkInfo, kept));
+  if (right && !(kept <= kForgotten)) {
     float rows[2][32];  // of R, which begin as rows of I
     uint32_t copy[32];
     const int row = warp * 16 + lane / 4;
@@ -189,7 +192,8 @@ __device__ __forceinline__ void try_piece(const Arguments& arguments, uint32_t s
     if (lane == 0) store_shared(attempt.sums() + warp * 4, squares);
     cutlass::arch::NamedBarrier::sync(4 * L::kScans * 32, 0);
     const float4 low = load_shared<float4>(attempt.sums()), high = load_shared<float4>(attempt.sums() + 16);
-    right = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w <= kForgottenSquares;
+    const float sum = low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
+    right = sum <= kForgotten * kForgotten;
   }
   if (thread == 0) {
     atomicExch(attempt.word(), right ? Attempt::kRight : Attempt::kWrong);

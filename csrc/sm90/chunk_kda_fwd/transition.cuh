@@ -288,7 +288,7 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
         const float4 all = load_shared<float4>(verdict.sums(turn));
         turn ^= 1;
         squares = all.x + all.y + all.z + all.w;
-        forgotten = squares <= kForgottenSquares;
+        forgotten = squares <= kForgotten * kForgotten;
         const bool goes_on = done >= kTrialChunks - 1 || squares > kHopelessSquares;
         if ((forgotten || goes_on) && threadIdx.x == 0) atomicExch(verdict.word(), 2 * item + (forgotten ? 2 : 1));
         if (forgotten) break;
