@@ -17,11 +17,6 @@ __device__ __forceinline__ void keep(T*& address) {
   asm volatile("" : "+l"(address));
 }
 
-// Has L1 fetch a word that a load will want later.
-__device__ __forceinline__ void touch(const float* address) {
-  asm volatile("{\n\t.reg .b32 x;\n\tld.global.ca.b32 x, [%0];\n\t}" ::"l"(address) : "memory");
-}
-
 // Data that is used once a launch and need not displace anything from L2: 1, 2, 4 or 8 words, aligned to their size
 // (8 to 16 bytes).
 template <int kWords>

@@ -69,12 +69,20 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
 
   GateFunction gate(p);
   int bias_head = -1;
-  if constexpr (kPass == Pass::kShares) {
-    // While its tokens are on their way.
-    if (first_head >= 0 && p.dt_bias) {
-      for (int i = 0; i < kHeadDim / 32; ++i) touch(p.dt_bias + int64_t(first_head) * kHeadDim + lane + 32 * i);
+  const auto set_head = [&](int value_head) {
+    bias_head = value_head;
+    gate.template set_head<kBounded>(p, value_head);
+    const float factor = kBounded ? gate.factor : 1.f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 32; ++i) {
+      const int channel = lane + 32 * i;
+      const float bias = p.dt_bias ? p.dt_bias[int64_t(value_head) * kHeadDim + channel] : 0.f;
+      store_shared(bias_address + channel * 4, bias * factor);
     }
-    if (first_head >= 0 && p.A_log) touch(p.A_log + first_head);
+    __syncwarp();
+  };
+  if constexpr (kPass == Pass::kShares) {
+    if (first_head >= 0) set_head(first_head);  // while its tokens are on their way
   }
 
   for (;; cursor.advance(L::kTransformWarps)) {
@@ -107,26 +115,16 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
                                value_head * p.beta_stride.head;
     const uint32_t beta_bits = load_bits(p.beta, beta_index, p.beta_dtype == Dtype::kFloat32);
 
-    if (value_head != bias_head) {
-      bias_head = value_head;
-      gate.template set_head<kBounded>(p, value_head);
-      const float factor = kBounded ? gate.factor : 1.f;
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 32; ++i) {
-        const int channel = lane + 32 * i;
-        const float bias = p.dt_bias ? p.dt_bias[int64_t(value_head) * kHeadDim + channel] : 0.f;
-        store_shared(bias_address + channel * 4, bias * factor);
-      }
-      __syncwarp();
-    }
+    if (value_head != bias_head) set_head(value_head);
 
     // Rows past the end are another sequence's, or padding that may hold NaN: nothing of them may enter a product. A
     // gate of zero may still decay, so its tokens leave the sums as well.
     uint32_t sum_matrix[4] = {whole_sum_matrix[0], whole_sum_matrix[1], 0u, whole_sum_matrix[2]};
     uint32_t reference_matrix[4] = {ones, ones, 0u, 0u};
     if (valid < kChunk) {
-#pragma unroll
+#pragma unroll 1
       for (int tile = 0; tile < L::kStageBytes / kTileBytes; ++tile) {
+#pragma unroll 1
         for (int i = lane; i < (kChunk - valid) * 8; i += 32) {
           store_shared(stage + tile * kTileBytes + valid * 128 + i * 16, make_uint4(0, 0, 0, 0));
         }
