@@ -78,12 +78,29 @@ def test_a_stretch_that_remembers_is_found_wherever_it_lies(channels: slice) -> 
             assert error(actual, expected) < 2e-3
 
 
-def test_gates_of_any_speed() -> None:
-    call = kernel_call(2048, H=12, HV=12, gate="precomputed")
-    speeds = torch.tensor([1e-3, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.7, 2.5], device="cuda")
-    call["g"][:] = -speeds[:, None]
-    for actual, expected in zip(run(call), whole(call), strict=True):
-        assert error(actual, expected) < 5e-3
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gate": "precomputed"},
+        {"gate": "precomputed", "beta": "negative eigenvalues"},
+        {"gate": "precomputed", "l2norm": False, "beta": "raw"},
+        {"gate": "bounded"},
+        {"gate": "unbounded"},
+    ],
+    ids=lambda options: ", ".join(map(str, options.values())),
+)
+def test_gates_of_any_speed(options: dict[str, Any]) -> None:
+    call = kernel_call(2048, H=12, HV=12, slow_heads=0, **options)
+    if options["gate"] == "precomputed":
+        speeds = torch.tensor([1e-3, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.7, 2.5], device="cuda")
+        call["g"] *= speeds[:, None]
+        call["g"][:, :, ::2] = -speeds[::2, None]  # all channels alike
+    else:
+        call["dt_bias"] -= torch.linspace(0, 4, 12, device="cuda")[:, None]
+    call["k"] *= 4 if options.get("l2norm", True) else 1
+    results, at_once = run(call), whole(call)
+    assert error(results[0], at_once[0], heads=2) < 6e-3
+    assert error(results[1], at_once[1], heads=1) < 6e-3
 
 
 def test_streams_do_not_wait_for_each_other_for_ever() -> None:
