@@ -142,7 +142,7 @@ struct ChunkInfo {
     int tile;    // of kStates: the item's first
     float kept;  // of kShares, behind the transform of a chunk that warms up: no less than |R| of S' = S R + B
   };
-  int item;    // of kTransition: how many items came before in this block; of kShares: first chunks that decide
+  int item;  // of kTransition: how many items came before in this block; of kShares: first chunks that decide
   // Of a prefill's first chunk: where the state of its value head comes from, and where it goes behind the run's last.
   const void* initial_state;  // null for zero
   void* final_state;          // null for nowhere
@@ -221,17 +221,23 @@ struct Block {
   uint32_t shared;
   Barriers barriers;
 
-  __device__ __forceinline__ Block(uint8_t* unaligned, int scan_threads)
+  // The `leader` goes on with `first` while the others wait for the barriers.
+  template <typename First>
+  __device__ __forceinline__ Block(uint8_t* unaligned, int scan_threads, int leader, const First& first)
       : base(unaligned +
              ((L::kAlignment - (cute::cast_smem_ptr_to_uint(unaligned) & (L::kAlignment - 1))) & (L::kAlignment - 1))),
         shared(cute::cast_smem_ptr_to_uint(base)),
         barriers{shared + L::kBarriers, L::kStages} {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == leader) {
       init(barriers, scan_threads);
       cutlass::arch::fence_barrier_init();
+      first(*this);
     }
     __syncthreads();
   }
+
+  __device__ __forceinline__ Block(uint8_t* unaligned, int scan_threads)
+      : Block(unaligned, scan_threads, 0, [](const Block&) {}) {}
 
   // Of one thread.
   __device__ __forceinline__ static void init(const Barriers& ring, int scan_threads) {
@@ -267,14 +273,15 @@ cudaError_t allow_shared_bytes(int shared_bytes) {
 
 // One grid of a kernel that runs the pipeline. With overlap the launch need not wait for the kernel before.
 template <auto kKernel, typename Arguments>
-cudaError_t launch_pipeline(const Arguments& arguments, int grid, int shared_bytes, bool overlap, cudaStream_t stream) {
+cudaError_t launch_pipeline(const Arguments& arguments, dim3 grid, int shared_bytes, bool overlap,
+                            cudaStream_t stream) {
   const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
+  config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

@@ -263,7 +263,9 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       for (int first = 0; first < kHeadDim / 16; first += kTogether) {
         if constexpr (kPass == Pass::kShares) {
           if (tries & kTried) {
-            if (__any_sync(0xffffffffu, kept > load_shared<float>(attempt.most()))) *static_cast<volatile int*>(attempt.word()) = Attempt::kWrong;
+            if (__any_sync(0xffffffffu, kept > load_shared<float>(attempt.most()))) {
+              *static_cast<volatile int*>(attempt.word()) = Attempt::kWrong;
+            }
             if (load_shared<int>(attempt.address) == Attempt::kWrong) return;
           }
         }
@@ -421,8 +423,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         }
         float sum = 0.f;
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j)
-          sum = fmaf(fabsf(x[j]), __shfl_sync(0xffffffffu, read[j / 8], j % 8 * 4), sum);
+        for (int j = 0; j < kChunk; ++j) sum = fmaf(fabsf(x[j]), __shfl_sync(0xffffffffu, read[j / 8], j % 8 * 4), sum);
         const float written_low = __shfl_sync(0xffffffffu, written[0], lane % 8 * 4);
         const float written_high = __shfl_sync(0xffffffffu, written[1], lane % 8 * 4);
         sum = lane < 16 ? sum * flashkda::sqrt(lane < 8 ? written_low : written_high) : 0.f;

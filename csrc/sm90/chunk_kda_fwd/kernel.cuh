@@ -55,13 +55,13 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
     if (is_done(arguments)) return;
   }
   extern __shared__ uint8_t unaligned[];
-  const Block<L> block(unaligned, 4 * kScans * 32);
+  constexpr int kLoader = kThreads - 32;
+  [[maybe_unused]] int issued = 0;
+  const Block<L> block(unaligned, 4 * kScans * 32, kShares ? kLoader : 0, [&](const Block<L>& block) {
+    if constexpr (kShares) issued = issue_first(arguments, block);
+  });
   [[maybe_unused]] Attempt attempt = {};
-  [[maybe_unused]] int first_head = -1;
-  if constexpr (kShares) {
-    attempt = attempt_of<L>(block.shared);
-    if (!arguments.p.cu_seqlens) first_head = read_piece(arguments).value_head;
-  }
+  if constexpr (kShares) attempt = attempt_of<L>(block.shared);
   if constexpr (kSegments) {
     if (threadIdx.x == 0) {
       MapRing(block.shared + L::kMaps, block.shared + L::kMapBarriers).init(4 * kScans * 32);
@@ -96,11 +96,13 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kda_fwd_kernel(const __grid
     }
     if (role < L::kTransformWarps) {
       Cursor<L::kStages> cursor(role);
+      int first_head = -1;
+      if constexpr (kShares) first_head = head_of_block(arguments);
       transform<T, L, kBounded, kShares ? Pass::kShares : Pass::kPrefill>(arguments.p, block.shared, bias,
                                                                           block.barriers, cursor, attempt, first_head);
-    } else if (role == L::kOtherWarps && threadIdx.x % 32 == 0) {
+    } else if (threadIdx.x == kLoader) {
       if constexpr (kShares) {
-        load_share<L>(arguments, block);
+        load_share<L>(arguments, block, issued);
       } else {
         load<L, kCut>(arguments, block);
       }
@@ -167,11 +169,13 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   segmented.segment_chunks = plan.segment_chunks;
   arguments.checkpoints = reinterpret_cast<const Checkpoint*>(static_cast<char*>(p.workspace) + plan.pool_offset);
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
+  const dim3 shares_grid =
+      p.cu_seqlens ? dim3(plan.shares_grid) : dim3(plan.pieces, p.value_heads, p.sequences);  // as read_piece has it
   const auto launch_prefill = [&](auto cut, bool overlap) {
     constexpr Cut kCut = decltype(cut)::value;
     constexpr int kBlockScans = kCut == Cut::kShares ? 2 : kScans;
     return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kBlockScans, kCut>>(
-        arguments, kCut == Cut::kShares ? plan.shares_grid : plan.grid, PrefillLayout<G, kBlockScans, kCut>::kBytes,
+        arguments, kCut == Cut::kShares ? shares_grid : dim3(plan.grid), PrefillLayout<G, kBlockScans, kCut>::kBytes,
         overlap, stream);
   };
   char* const workspace = static_cast<char*>(p.workspace);

@@ -40,29 +40,93 @@ __device__ __forceinline__ Attempt attempt_of(uint32_t shared) {
   return {shared + L::kOutput + L::kAllOutputBytes - Attempt::kBytes};
 }
 
-// The block's piece. That of a packed call is read behind the plan.
+// The block's piece. That of a packed call is read behind the plan; a dense one's grid is pieces, value heads,
+// sequences.
 __device__ __forceinline__ Piece read_piece(const Arguments& arguments) {
   const ChunkKdaFwdParams& p = arguments.p;
   const ShareArguments& shares = arguments.shares;
   if (p.cu_seqlens) return shares.packed_pieces[blockIdx.x];
-  const int head = blockIdx.x / shares.pieces;
   Piece piece;
-  piece.sequence = head / p.value_heads;
-  piece.value_head = head - piece.sequence * p.value_heads;
-  piece.chunk = (blockIdx.x - head * shares.pieces) * shares.share;
+  piece.sequence = blockIdx.z;
+  piece.value_head = blockIdx.y;
+  piece.chunk = blockIdx.x * shares.share;
   piece.begin = 0;
   piece.length = int(p.tokens);
   piece.count = min(shares.share, (piece.length + kChunk - 1) / kChunk - piece.chunk);
   return piece;
 }
 
+// The value head of the block's piece; negative for no piece. Of a packed call, waits for the plan.
+__device__ __forceinline__ int head_of_block(const Arguments& arguments) {
+  if (arguments.p.cu_seqlens) cudaGridDependencySynchronize();
+  const Piece piece = read_piece(arguments);
+  return piece.count > 0 ? piece.value_head : -1;
+}
+
+// The chunks of a piece, those that it begins early included.
+struct Run {
+  Item item;
+  int head;    // of q and k
+  int silent;  // first chunks without o
+  int chunks;
+  int tries;  // first chunks that decide
+};
+
+__device__ __forceinline__ Run make_run(const Arguments& arguments, const Piece& piece) {
+  const ChunkKdaFwdParams& p = arguments.p;
+  const int group = p.value_heads == p.heads ? 1 : p.value_heads / p.heads;
+  Run run = {};
+  run.silent = min(piece.chunk, arguments.shares.warm_up);
+  run.chunks = run.silent + piece.count;
+  run.head = group == 1 ? piece.value_head : piece.value_head / group;
+  Item& item = run.item;
+  item.batch = p.cu_seqlens ? 0 : piece.sequence;
+  item.sequence = piece.sequence;
+  item.value_head = piece.value_head;
+  item.begin = piece.begin + (piece.chunk - run.silent) * kChunk;
+  item.length = piece.begin + min((piece.chunk + piece.count) * kChunk, piece.length) - item.begin;
+  // A piece that goes from start to end is right, and all there is to its head. One that goes from the start is tried,
+  // too, or it would be in the way of the next pass.
+  const bool from_start = run.silent == piece.chunk;
+  const bool to_end = (piece.chunk + piece.count) * kChunk >= piece.length;
+  run.tries = from_start && to_end ? 0 : min(arguments.shares.warm_up, run.chunks);
+  item.flags = (run.tries > 0 ? kTried : 0) | (from_start ? kFromStart : 0) | (to_end ? kToEnd : 0);
+  return run;
+}
+
 template <typename L>
-__device__ void load_share(const Arguments& arguments, const Block<L>& block) {
+__device__ __forceinline__ void issue_chunk(const Arguments& arguments, PrefillLoader<L>& loader, const Run& run,
+                                            int chunk) {
+  const Item& item = run.item;
+  loader.issue({&arguments.q, &arguments.k, &arguments.v, &arguments.g}, item.batch, item.begin + chunk * kChunk,
+               run.head, item.value_head, 0);
+}
+
+// Of the loader, as soon as there are barriers, while all other warps wait: has TMA bring the chunks of a dense call
+// that a verdict takes at least. Returns how many.
+constexpr int kIssuedFirst = 2;
+template <typename L>
+__device__ __forceinline__ int issue_first(const Arguments& arguments, const Block<L>& block) {
+  if (arguments.p.cu_seqlens || arguments.p.pool.states) return 0;
+  const Run run = make_run(arguments, read_piece(arguments));
+  PrefillLoader<L> loader{block.shared, block.infos(), block.barriers};
+  const int count = min(run.chunks, kIssuedFirst);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    issue_chunk<L>(arguments, loader, run, i);
+    loader.cursor.advance(1);
+  }
+  return count;
+}
+
+template <typename L>
+__device__ void load_share(const Arguments& arguments, const Block<L>& block, int issued) {
   const ChunkKdaFwdParams& p = arguments.p;
   const Attempt attempt = attempt_of<L>(block.shared);
   PrefillLoader<L> loader{block.shared, block.infos(), block.barriers};
+  loader.count = issued;
   const Maps maps{&arguments.q, &arguments.k, &arguments.v, &arguments.g};
-  prefetch(maps);
+  if (issued == 0) prefetch(maps);
   attempt.init(arguments.shares.most_kept);
 
   // The words are cleared behind a wait that a dense call's first loads need not share; the next pass, which reads
@@ -81,32 +145,20 @@ __device__ void load_share(const Arguments& arguments, const Block<L>& block) {
     allow_counting();
     leave_over(p, arguments.shares, piece.sequence, piece.value_head);
   } else if (row >= 0 && piece.count > 0) {
-    // A piece that goes from start to end is right, and all there is to its head. One that goes from the start is
-    // tried, too, or it would be in the way of the next pass.
-    const int silent = min(piece.chunk, arguments.shares.warm_up);
-    const bool from_start = silent == piece.chunk;
-    const bool to_end = (piece.chunk + piece.count) * kChunk >= piece.length;
-    const int tries = from_start && to_end ? 0 : min(arguments.shares.warm_up, silent + piece.count);
-    Item item;
-    item.batch = p.cu_seqlens ? 0 : piece.sequence;
-    item.sequence = piece.sequence;
-    item.value_head = piece.value_head;
-    item.part = item.segment = 0;
-    item.begin = piece.begin + (piece.chunk - silent) * kChunk;
-    item.length = piece.begin + min((piece.chunk + piece.count) * kChunk, piece.length) - item.begin;
-    item.flags = (tries > 0 ? kTried : 0) | (from_start ? kFromStart : 0) | (to_end ? kToEnd : 0);
+    const Run run = make_run(arguments, piece);
+    const Item& item = run.item;
     StatePlaces states;
-    const int head = item.value_head / (p.value_heads / p.heads);
-    for (int i = 0; i < silent + piece.count; ++i) {
+    for (int i = 0; i < run.chunks; ++i) {
       ChunkInfo* info = loader.next_info();
-      if (tries > 0 && i >= tries && atomicOr(attempt.word(), 0) == Attempt::kWrong) break;
-      const int token = item.begin + i * kChunk;
-      loader.issue(maps, item.batch, token, head, item.value_head, 0);
+      // What has been issued has to be armed.
+      if (run.tries > 0 && i >= max(run.tries, issued) && atomicOr(attempt.word(), 0) == Attempt::kWrong) break;
+      if (i >= issued) issue_chunk<L>(arguments, loader, run, i);
       if (i == 0) states = fetch_states(p, item, row);
-      describe(info, item, token, item.length - i * kChunk, item.flags | (i < tries ? kWarmsUp : 0), silent, states);
-      info->item = tries;
+      describe(info, item, item.begin + i * kChunk, item.length - i * kChunk,
+               item.flags | (i < run.tries ? kWarmsUp : 0), run.silent, states);
+      info->item = run.tries;
       loader.arm(maps);
-      if (i + 1 >= tries) allow_counting();
+      if (i + 1 >= run.tries) allow_counting();
     }
   }
   allow_counting();
