@@ -162,8 +162,15 @@ struct Attempt {
   static constexpr int kPending = 0, kRight = 1, kWrong = 2;
   uint32_t address;
 
-  // The scan's verdict; or kWrong ahead of it, of a transform warp that sees what the scan would see.
+  // The scan's verdict; or kWrong ahead of it, of a transform warp that sees what the scan would see. No barrier lies
+  // between those who set it and those who look: all do it by atomics, one lane a warp.
   __device__ int* word() const { return shared_pointer<int>(address); }
+  // Sets it to kWrong, or leaves it; whether it is kWrong then. By all lanes of a warp.
+  __device__ bool give_up(bool wrong) const {
+    int before = kPending;
+    if (threadIdx.x % 32 == 0) before = atomicMax(word(), wrong ? kWrong : kPending);
+    return __shfl_sync(0xffffffffu, before, 0) == kWrong || wrong;
+  }
   // fp32: a channel that keeps more than that over a chunk will not be forgotten.
   __device__ uint32_t most() const { return address + 4; }
   __device__ uint32_t sums() const { return address + 16; }  // fp32 [8]: each warp's part of the squares of R

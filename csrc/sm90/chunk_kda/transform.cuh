@@ -258,15 +258,14 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
     // bits, Kr of a slice lies where g of a slice half as far lay, which has been read.)
     constexpr bool kFewWarps = kPass != Pass::kStates && L::kScans == 2 && L::kTransformRegisters >= 112;
     constexpr int kTogether = !L::kWideGate && (kPass == Pass::kTransition || kFewWarps) ? 2 : 1;
+    [[maybe_unused]] bool given_up = false;
     const auto transform_slices = [&](auto with_query) {
 #pragma unroll 1
       for (int first = 0; first < kHeadDim / 16; first += kTogether) {
         if constexpr (kPass == Pass::kShares) {
           if (tries & kTried) {
-            if (__any_sync(0xffffffffu, kept > load_shared<float>(attempt.most()))) {
-              *static_cast<volatile int*>(attempt.word()) = Attempt::kWrong;
-            }
-            if (load_shared<int>(attempt.address) == Attempt::kWrong) return;
+            given_up = attempt.give_up(__any_sync(0xffffffffu, kept > load_shared<float>(attempt.most())));
+            if (given_up) return;
           }
         }
         uint32_t gates[kTogether][4];
@@ -296,7 +295,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       transform_slices(std::true_type{});
     }
     if constexpr (kPass == Pass::kShares) {
-      if (tries & kTried && load_shared<int>(attempt.address) == Attempt::kWrong) {  // nobody reads these factors
+      if (given_up) {  // nobody reads these factors
         cutlass::arch::fence_view_async_shared();
         __syncwarp();
         mbarrier_arrive(barriers.ready(cursor.stage));

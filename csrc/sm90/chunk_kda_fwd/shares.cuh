@@ -190,7 +190,7 @@ __device__ __forceinline__ void try_piece(const Arguments& arguments, uint32_t s
   Cursor<L::kStages> at = cursor;
   for (int i = 0; i < tries; ++i, at.advance(1)) mbarrier_wait(barriers.ready(at.stage), at.parity);
   // Of all its transform warps, which are done with these chunks.
-  bool right = load_shared<int>(attempt.address) != Attempt::kWrong;
+  bool right = !attempt.give_up(false);
   float kept = 1.f;  // of R at most
   at = cursor;
   for (int i = 0; i < tries; ++i, at.advance(1)) kept *= load_shared<float>(info_of(at) + offsetof(ChunkInfo, kept));
