@@ -101,9 +101,9 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
         kPass == Pass::kStates && load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) & kReverse;
     const int valid = min(left, kChunk);
     const int value_head = int(where.z);
-    const int tries =
+    const int flags =
         kPass == Pass::kShares ? load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) : 0;
-    const bool warms_up = tries & kWarmsUp;
+    const bool warms_up = flags & kWarmsUp;
     // Of kWarmsUp, for a bound of R: the largest decay, and squares of rows of Kd and Kr, two channels' sums apart.
     [[maybe_unused]] float kept = 0.f;
     [[maybe_unused]] uint32_t kd_squares[2] = {}, kr_squares[2] = {};
@@ -263,7 +263,7 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
 #pragma unroll 1
       for (int first = 0; first < kHeadDim / 16; first += kTogether) {
         if constexpr (kPass == Pass::kShares) {
-          if (tries & kTried) {
+          if (flags & kTried) {
             given_up = attempt.give_up(__any_sync(0xffffffffu, kept > load_shared<float>(attempt.most())));
             if (given_up) return;
           }

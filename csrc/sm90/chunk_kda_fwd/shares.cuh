@@ -102,9 +102,11 @@ __device__ __forceinline__ void issue_chunk(const Arguments& arguments, PrefillL
                run.head, item.value_head, 0);
 }
 
-// Of the loader, as soon as there are barriers, while all other warps wait: has TMA bring the chunks of a dense call
-// that a verdict takes at least. Returns how many.
+// As many as a verdict takes at least.
 constexpr int kIssuedFirst = 2;
+
+// Of the loader, as soon as there are barriers, while all other warps wait: has TMA bring the first chunks of a dense
+// call. Returns how many.
 template <typename L>
 __device__ __forceinline__ int issue_first(const Arguments& arguments, const Block<L>& block) {
   if (arguments.p.cu_seqlens || arguments.p.pool.states) return 0;
