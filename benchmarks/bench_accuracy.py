@@ -128,7 +128,9 @@ def main() -> None:
             rows.append(row)
             values = " ".join(f"{value:.2e}" for value in list(row.values())[2:])
             print(f"{name:34} {impl:13} {values}  {time.perf_counter() - start:5.1f} s", flush=True)
-    print(write("accuracy", rows, peers={"fla": version("fla-core")}))
+        # At once: a run that is cut short leaves what it has.
+        written = write("accuracy", rows, peers={"fla": version("fla-core")})
+    print(written)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,11 @@ def main() -> None:
 
     impls = ["eager", *([] if args.no_compile else ["compiled"]), *(["captured"] if on_gpu else [])]
     rows: list[dict[str, Any]] = []
-    extra: dict[str, Any] = {}
+    c = plan.model
+    extra: dict[str, Any] = {
+        "model": f"{c.num_layers} layers, hidden size {c.hidden_size}, {c.num_heads} heads of {c.head_dim}, "
+        f"{str(c.dtype).removeprefix('torch.')}, {c.sequences} slots"
+    }
     rate = 0.0
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -217,12 +221,9 @@ def main() -> None:
                         for name, key in (("first token", "first_token"), ("next", "token"), ("request", "latency"))
                     )
                 )
-    c = plan.model
-    extra["model"] = (
-        f"{c.num_layers} layers, hidden size {c.hidden_size}, {c.num_heads} heads of {c.head_dim}, "
-        f"{str(c.dtype).removeprefix('torch.')}, {c.sequences} slots"
-    )
-    print(write("serving", rows, **extra))
+            # At once: a run that is cut short leaves what it has.
+            written = write("serving", rows, **extra)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -171,21 +171,21 @@ def main() -> None:
     ceiling = copy_gb_s()
     print(f"A copy moves {ceiling:.0f} GB/s. Microseconds, eager and with the launches queued; GiB above the inputs.")
     print(f"{'':21}{'forward':>17} |{'backward':>17} |{'both':>17} |   peak")
+    peers = {peer: version(DISTRIBUTIONS[peer]) for peer in ("fla", "cudnn")}
     rows: list[Row] = []
-    try:
-        for shape in named(args.shapes):
-            floors = [moved / ceiling / 1e3 for moved in moved_bytes(shape)]
-            for regime in args.regimes:
-                print(f"{shape['name']} {regime}, floor {floors[0]:.0f} and {floors[1]:.0f}")
-                results = measure(shape, regime, impls, 5 if args.quick else 25)
-                for row in results.values():
-                    rows.append(row | {"fwd_floor_us": round(floors[0], 2), "bwd_floor_us": round(floors[1], 2)})
-                    print(line(row), flush=True)
-                torch.cuda.empty_cache()
-    finally:  # a peer that broke the device leaves what was measured before it
-        if not args.quick:
-            peers = {peer: version(DISTRIBUTIONS[peer]) for peer in ("fla", "cudnn")}
-            print(write("training", rows, ceilings={"copy_gb_s": round(ceiling)}, peers=peers))
+    for shape in named(args.shapes):
+        floors = [moved / ceiling / 1e3 for moved in moved_bytes(shape)]
+        for regime in args.regimes:
+            print(f"{shape['name']} {regime}, floor {floors[0]:.0f} and {floors[1]:.0f}", flush=True)
+            results = measure(shape, regime, impls, 5 if args.quick else 25)
+            for row in results.values():
+                rows.append(row | {"fwd_floor_us": round(floors[0], 2), "bwd_floor_us": round(floors[1], 2)})
+                print(line(row), flush=True)
+            if not args.quick:  # a run that is cut short leaves what there is
+                written = write("training", rows, ceilings={"copy_gb_s": round(ceiling)}, peers=peers)
+            torch.cuda.empty_cache()
+    if not args.quick:
+        print(written)
 
 
 if __name__ == "__main__":
