@@ -97,12 +97,11 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
       if (left == kStop) return;
       continue;
     }
-    const bool reverse =
-        kPass == Pass::kStates && load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) & kReverse;
+    constexpr bool kHasFlags = kPass == Pass::kStates || kPass == Pass::kShares;
+    const int flags = kHasFlags ? load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) : 0;
+    const bool reverse = kPass == Pass::kStates && flags & kReverse;
     const int valid = min(left, kChunk);
     const int value_head = int(where.z);
-    const int flags =
-        kPass == Pass::kShares ? load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, flags)) : 0;
     const bool warms_up = flags & kWarmsUp;
     // Of kWarmsUp, for a bound of R: the largest decay, and squares of rows of Kd and Kr, two channels' sums apart.
     [[maybe_unused]] float kept = 0.f;
