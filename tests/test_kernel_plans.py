@@ -89,7 +89,8 @@ def test_every_plan_covers_the_call_and_fits(plans: Plans) -> None:
             assert p["scans"] == 1 and p["grid"] == blocks
         if p["shares_grid"]:
             assert 2 * heads <= sms and p["shares_grid"] <= sms and 1 <= p["warm_up"] < chunks
-            assert packed or (p["segments"] > 1 and p["shares_grid"] == heads * p["pieces"])
+            assert packed or p["shares_grid"] == heads * p["pieces"]
+            assert packed or p["segments"] > 1 or (p["scans"] == 1 and chunks >= 64)
             assert packed or p["pieces"] * p["share"] >= chunks > (p["pieces"] - 1) * p["share"]
             assert p["words"] % 16 == 0 and p["words_end"] - p["words"] == 4 * (5 + 2 * heads)
             assert p["packed_pieces"] % 16 == 0 and p["packed_pieces"] >= p["words_end"]
@@ -113,8 +114,11 @@ def test_few_heads_take_the_chip(plans: Plans) -> None:
         assert p["shares_grid"] >= 0.9 * SMS and p["segments"] > 1
     packed = [(4, 12, 8192, 1, 0, SMS, 0, 0), (1, 32, 2048, 1, 0, SMS, 1, 0)]
     assert all(p["shares_grid"] == SMS for p in plans(packed))
-    many = [(1, 64, 8192, 0, 0, SMS, 0, 0), (1, 96, 8192, 0, 0, SMS, 0, 0), (8, 64, 8192, 1, 0, SMS, 0, 0)]
-    assert all(p["shares_grid"] == 0 for p in plans(many))
+    for p in plans([(1, 64, 8192, 0, 0, SMS, 0, 0), (2, 33, 2048, 0, 0, SMS, 0, 0)]):  # two pieces a head
+        assert p["pieces"] == 2 and p["segments"] == 1
+    many = [(1, 67, 8192, 0, 0, SMS, 0, 0), (1, 96, 8192, 0, 0, SMS, 0, 0), (8, 64, 8192, 1, 0, SMS, 0, 0)]
+    short = [(1, 64, 512, 0, 0, SMS, 0, 0), (1, 16, 256, 0, 0, SMS, 0, 0)]
+    assert all(p["shares_grid"] == 0 for p in plans(many + short))
 
 
 def test_the_tests_of_shares_have_them(plans: Plans) -> None:

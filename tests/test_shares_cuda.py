@@ -20,6 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "four chunks a block": {"T": 512, "H": 16, "HV": 16},
     "halves left over": {"T": 2085, "H": 12, "HV": 12, "initial_state": False},
     "whole heads left over": {"T": 2048, "H": 24, "HV": 24, "dtype": torch.float16},
+    "two pieces a head": {"T": 1210, "H": 32, "HV": 64},
     "one sequence": {"T": 1500, "cu_seqlens": [0, 1500], "H": 8, "HV": 8},
     "packed": {"T": 3000, "cu_seqlens": [0, 1, 1, 1000, 1017, 2900], "gate": "unbounded"},
     "packed, more heads": {"T": 1500, "cu_seqlens": [0, 375, 750, 1125, 1500], "H": 16, "HV": 16},

@@ -131,6 +131,8 @@ constexpr int64_t kAheadNs = 12000;             // of transitions in a grid ahea
 constexpr int64_t kRoundNs = 12000;             // of each further item of a block of theirs
 constexpr int64_t kSharesNs = 4000;             // of shares, beside their chunks
 constexpr int64_t kLeastGainNs = 2500;          // with fast gates, for what slow ones lose
+constexpr int64_t kVerdictNs = 5000;            // what these lose
+constexpr int64_t kVerdictParts = 10;           // of a whole sequence, at most one of so many
 
 constexpr size_t align_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -194,11 +196,12 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;
   // Where heads are left over, the passes after are to find as many blocks free: so these take halves or segments of
   // them.
-  if (may_cut && heads > 0 && 2 * heads <= sm_count && (plan.segments > 1 || has_cu_seqlens) &&
-      sequences <= kMostSharedSequences) {
+  if (may_cut && heads > 0 && 2 * heads <= sm_count && sequences <= kMostSharedSequences) {
     const int64_t share = (mean_chunks + sm_count / heads - 1) / (sm_count / heads);
     const int64_t warm_up = std::min<int64_t>(2 + share / 96, kMostWarmUpChunks);
-    if (chunks > warm_up && (share + warm_up) * kScanNs[2] + kSharesNs + kLeastGainNs < fast) {
+    // Whole sequences are to be so long that what slow gates lose is little of it.
+    const bool is_long = plan.segments > 1 || has_cu_seqlens || fast >= kVerdictParts * kVerdictNs;
+    if (chunks > warm_up && is_long && (share + warm_up) * kScanNs[2] + kSharesNs + kLeastGainNs < fast) {
       plan.share = int(share);
       plan.pieces = int((chunks + share - 1) / share);
       plan.shares_grid = has_cu_seqlens ? sm_count : int(heads) * plan.pieces;
