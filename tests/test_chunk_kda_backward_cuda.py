@@ -119,6 +119,10 @@ def test_gradients_are_those_of_the_reference_in_every_mode(gate: str, beta: str
         {"T": 200, "cu_seqlens": [0, 0, 77, 77, 77, 180, 180]},
         {"T": 64, "cu_seqlens": list(range(65))},
         {"T": 700, "H": 64, "HV": 64, "cu_seqlens": [0, 100, 117, 317, 500, 700], "state_v_first": True},
+        # Gradients begin beside the scans.
+        {"T": 1100, "H": 10, "HV": 10},
+        {"T": 1024, "B": 2, "H": 3, "HV": 6, "gate": "unbounded", "state_v_first": True},
+        {"T": 1500, "H": 8, "HV": 8, "dtype": torch.float16, "initial_state": False},
     ],
     ids=str,
 )
@@ -278,6 +282,17 @@ def test_a_malformed_cu_seqlens_is_taken_as_its_clamped_running_maximum(cu: list
     safe = torch.tensor(cu, device="cuda").clamp(0, 100).cummax(0).values
     do, dht = cotangents(call)
     assert same_bits(run(call, do, dht), run(call | {"cu_seqlens": safe}, do, dht))
+
+
+@pytest.mark.parametrize("H", [8, 10, 12, 24])
+def test_gradients_that_begin_beside_the_scans_wait_for_their_states(H: int) -> None:
+    call = kernel_call(2100, H=H, HV=H)
+    do, dht = cotangents(call)
+    # Those of a packed call begin behind its scans.
+    one_after_the_other = run(call | {"cu_seqlens": torch.tensor([0, 2100], device="cuda")}, do, dht)
+    for _ in range(10):
+        torch.full((1 << 28,), torch.nan, device="cuda")  # where the workspace will lie
+        assert same_bits(run(call, do, dht), one_after_the_other)
 
 
 def test_any_strides_give_the_same_bits() -> None:

@@ -1,4 +1,4 @@
-"""What the host decides about prefill kernels: a function of shapes and the number of multiprocessors, in plain C++."""
+"""What the host decides about the kernels: a function of shapes and the number of multiprocessors, in plain C++."""
 
 from __future__ import annotations
 
@@ -55,21 +55,80 @@ FIELDS = [
 Plans = Callable[[list[tuple[int, ...]]], list[dict[str, int]]]
 
 
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
+# The same of the backward pass; then whether its blocks take each tile once, and in the order in which they are ready.
+BACKWARD_PROGRAM = """
+#include <algorithm>
+#include <cstdio>
+#include <vector>
+#include "sm90/chunk_kda_bwd/config.h"
+int main() {
+  long batch, heads, tokens, packed, sms;
+  while (std::scanf("%ld %ld %ld %ld %ld", &batch, &heads, &tokens, &packed, &sms) == 5) {
+    const auto p = flashkda::chunk_kda_bwd::plan(batch, batch, heads, heads, tokens, packed, sms);
+    const int images = p.tiles * heads, tiles = p.tiles_per_sequence;
+    bool once = true, ordered = true;
+    if (!packed && images < 100000) {
+      std::vector<int> taken(images);
+      for (int block = 0; block < p.gradient_grid; ++block) {
+        int last = 0;
+        for (auto walk = p.order.walk(block, p.gradient_grid, images); walk.is_left(); walk.advance()) {
+          const int image = p.order.image(walk.position, tiles, batch, heads), tile = image / heads % tiles;
+          const int ready = std::max(tile, tiles - 1 - tile);
+          once &= image >= 0 && image < images && ++taken[image] == 1;
+          ordered &= p.order.early_blocks == 0 || ready >= last;
+          last = ready;
+        }
+      }
+      for (int times : taken) once &= times == 1;
+    }
+    const long long fields[] = {
+        tiles, p.scans, p.scan_grid, p.gradient_grid, p.order.early_blocks, p.order.early_positions, images,
+        (long long)p.workspace.arrivals, (long long)p.workspace.bytes, once, ordered};
+    for (long long field : fields) std::printf("%lld ", field);
+    std::puts("");
+  }
+}
+"""
+
+BACKWARD_FIELDS = [
+    "tiles_per_sequence",
+    "scans",
+    "scan_grid",
+    "gradient_grid",
+    "early_blocks",
+    "early_positions",
+    "images",
+    "arrivals",
+    "bytes",
+    "once",
+    "ordered",
+]
+
+
+def compiled(program: str, fields: list[str], folder: Path) -> Plans:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("plans") / "plans"
-    command = [compiler, "-std=c++17", f"-I{CSRC}", "-x", "c++", "-", "-o", str(program)]
-    subprocess.run(command, input=PROGRAM, text=True, check=True)
+    path = folder / "plans"
+    command = [compiler, "-std=c++17", f"-I{CSRC}", "-x", "c++", "-", "-o", str(path)]
+    subprocess.run(command, input=program, text=True, check=True)
 
     def plan(calls: list[tuple[int, ...]]) -> list[dict[str, int]]:
         text = "\n".join(" ".join(map(str, call)) for call in calls)
-        lines = subprocess.run([program], input=text, text=True, check=True, capture_output=True).stdout.splitlines()
-        return [dict(zip(FIELDS, map(int, line.split()), strict=True)) for line in lines]
+        lines = subprocess.run([path], input=text, text=True, check=True, capture_output=True).stdout.splitlines()
+        return [dict(zip(fields, map(int, line.split()), strict=True)) for line in lines]
 
     return plan
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
+    return compiled(PROGRAM, FIELDS, tmp_path_factory.mktemp("forward"))
+
+
+@pytest.fixture(scope="module")
+def backward_plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
+    return compiled(BACKWARD_PROGRAM, BACKWARD_FIELDS, tmp_path_factory.mktemp("backward"))
 
 
 TOKENS = [0, 1, 16, 17, 100, 300, 512, 1024, 3000, 4096, 8192, 131072, 1 << 24]
@@ -130,3 +189,22 @@ def test_the_tests_of_shares_have_them(plans: Plans) -> None:
     planned = plans(calls)
     assert all(p["shares_grid"] > 0 for p in planned)
     assert {p["cut"] for p in planned} == {WHOLE, MAPS_AHEAD, MAPS_FIRST}  # what comes after
+
+
+def test_gradients_begin_beside_scans_that_leave_blocks_idle(backward_plans: Plans) -> None:
+    calls = list(product([1, 3], HEADS, [t for t in TOKENS if t > 0], [0, 1], [SMS, 20]))
+    for (_, _, _, packed, sms), p in zip(calls, backward_plans(calls), strict=True):
+        assert p["once"] and p["ordered"]
+        if not p["early_blocks"]:
+            assert p["early_positions"] == 0
+            continue
+        # One item a block of the scans, which tells of its tiles. All of these run, or gradients would wait for ever.
+        assert not packed and p["scans"] == 1 and p["scan_grid"] + p["early_blocks"] == sms == p["gradient_grid"]
+        assert 0 < p["early_positions"] <= p["images"]
+        assert p["arrivals"] % 128 == 0 and p["arrivals"] + 4 * p["images"] <= p["bytes"]
+    for p in backward_plans(
+        [(1, 16, 4096, 0, SMS), (1, 12, 2048, 0, SMS), (1, 24, 8192, 0, SMS), (2, 4, 4096, 0, SMS)]
+    ):
+        assert p["early_blocks"] > 0
+    for p in backward_plans([(1, 64, 8192, 0, SMS), (1, 16, 512, 0, SMS), (1, 16, 4096, 1, SMS)]):
+        assert p["early_blocks"] == 0

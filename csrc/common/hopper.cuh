@@ -84,6 +84,21 @@ __device__ __forceinline__ void store_release(int* word, int x) {
   cuda::atomic_ref<int, cuda::thread_scope_device>(*word).store(x, cuda::memory_order_release);
 }
 
+// The same in shared memory, of a block.
+__device__ __forceinline__ void store_release_shared(uint32_t address, int x) {
+  cuda::atomic_ref<int, cuda::thread_scope_block>(*shared_pointer<int>(address)).store(x, cuda::memory_order_release);
+}
+
+__device__ __forceinline__ int4 load_acquire_shared_4(uint32_t address) {
+  int words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int& word = *shared_pointer<int>(address + 4 * i);
+    words[i] = cuda::atomic_ref<int, cuda::thread_scope_block>(word).load(cuda::memory_order_acquire);
+  }
+  return make_int4(words[0], words[1], words[2], words[3]);
+}
+
 // ---- the copy engine
 
 __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int x0,
@@ -100,6 +115,9 @@ __device__ __forceinline__ void bulk_store(void* destination, uint32_t source, i
 }
 
 __device__ __forceinline__ void bulk_store_wait() { cute::tma_store_wait<0>(); }
+
+// The same, until what they write is there as well.
+__device__ __forceinline__ void bulk_store_wait_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // ---- shared memory, in the order of the source
 
@@ -180,6 +198,9 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&a)[4], 
 }
 
 // ---- matrix products of a warpgroup: D[64 x N] (+)= A[64 x 16] B[16 x N], A in registers, B in shared memory, bf16
+
+// Descriptors take an address in the block's own shared memory. In a cluster addresses say which block's, too.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t address) { return address & 0xffffff; }
 
 // B in the 128-byte swizzle, 8 rows every 1024 bytes: [N][K] or [K][N], of 64 elements a row.
 __device__ __forceinline__ cute::GmmaDescriptor swizzled_128b(uint32_t address) {

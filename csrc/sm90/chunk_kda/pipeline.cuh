@@ -278,22 +278,63 @@ cudaError_t allow_shared_bytes(int shared_bytes) {
   return cudaSuccess;
 }
 
-// One grid of a kernel that runs the pipeline. With overlap the launch need not wait for the kernel before.
+// Whether so many clusters of blocks with that much shared memory run at the same time: asked once a device.
+template <auto kKernel, int kCluster>
+bool has_room_for_clusters(int clusters, int shared_bytes) {
+  static std::atomic<int> most[64] = {};  // and 1
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  std::atomic<int>& known = most[device % 64];
+  if (known.load() == 0 || device >= 64) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {kCluster, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(kCluster);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int found = 0;
+    if (allow_shared_bytes<kKernel>(shared_bytes) != cudaSuccess ||
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&found, kKernel, &config) != cudaSuccess) {
+      cudaGetLastError();
+      found = 0;
+    }
+    known.store(found + 1);
+  }
+  return known.load() > clusters;
+}
+
+// How a kernel that runs the pipeline is launched.
+struct LaunchOptions {
+  bool overlap = false;  // it need not wait for the kernel before
+  int cluster = 1;       // blocks, on multiprocessors next to each other
+};
+
 template <auto kKernel, typename Arguments>
-cudaError_t launch_pipeline(const Arguments& arguments, dim3 grid, int shared_bytes, bool overlap,
+cudaError_t launch_pipeline(const Arguments& arguments, dim3 grid, int shared_bytes, LaunchOptions options,
                             cudaStream_t stream) {
   const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.attrs = attributes;
+  if (options.overlap) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (options.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(options.cluster), 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kKernel, arguments);
 }
 

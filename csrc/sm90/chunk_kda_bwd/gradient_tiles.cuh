@@ -86,6 +86,7 @@ struct GradientArguments {
   CUtensorMap q, k, v, g, d_o;
   ChunkKdaBwdParams p;
   int64_t tiles_per_sequence;
+  TileOrder order;
   WorkspaceLayout layout;
 };
 
@@ -102,6 +103,15 @@ __device__ __forceinline__ int64_t tiles_in_use(const GradientArguments& a) {
   const ChunkKdaBwdParams& p = a.p;
   if (!p.cu_seqlens) return a.tiles_per_sequence * p.sequences;
   return reinterpret_cast<const int*>(static_cast<const char*>(p.workspace) + a.layout.tile_offsets)[p.sequences];
+}
+
+// Each role of a block goes through its tiles.
+__device__ __forceinline__ TileWalk walk_tiles(const GradientArguments& a) {
+  return a.order.walk(blockIdx.x, gridDim.x, int(tiles_in_use(a)) * a.p.value_heads);
+}
+
+__device__ __forceinline__ int image_at(const GradientArguments& a, const TileWalk& walk) {
+  return a.order.image(walk.position, int(a.tiles_per_sequence), a.p.sequences, a.p.value_heads);
 }
 
 __device__ __forceinline__ TileInfo read_tile(const GradientArguments& a, int image) {
@@ -145,10 +155,11 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
   using L = GradientLayout<G>;
   const ChunkKdaBwdParams& p = a.p;
   const int group = p.value_heads / p.heads;
-  const int images = int(tiles_in_use(a)) * p.value_heads;
-  const char* workspace = static_cast<const char*>(p.workspace);
+  char* const workspace = static_cast<char*>(p.workspace);
   uint32_t parity = 0;
-  for (int image = blockIdx.x, slot = 0; image < images; image += gridDim.x, parity ^= 1, slot ^= 1) {
+  int slot = 0;
+  for (TileWalk walk = walk_tiles(a); walk.is_left(); walk.advance(), parity ^= 1, slot ^= 1) {
+    const int image = image_at(a, walk);
     const TileInfo info = read_tile(a, image);
     const int value_head = image % p.value_heads, head = value_head / group;
     const auto load = [&](uint32_t destination, const CUtensorMap* map, uint32_t barrier, int of_head) {
@@ -160,9 +171,11 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
     mbarrier_wait(barriers.free_states(), parity ^ 1);
     mbarrier_arrive_expect_tx(barriers.full_states(), 2 * kStateBytes + kTensorBytes);
     const size_t state = size_t(image) * kStateBytes;
-    cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.states + state,
-                                   shared_pointer<uint64_t>(barriers.full_states()),
-                                   shared_pointer(shared + L::kStates), kStateBytes);
+    const auto load_image = [&](size_t offset, uint32_t destination) {
+      cute::SM90_BULK_COPY_G2S::copy(workspace + offset + state, shared_pointer<uint64_t>(barriers.full_states()),
+                                     shared_pointer(destination), kStateBytes);
+    };
+    if (a.order.early_blocks == 0) load_image(a.layout.states, shared + L::kStates);
     load(shared + L::kValue, &a.v, barriers.full_states(), value_head);
     // What comes next has no place yet, but may come as far as L2.
     for (int part = 0; part < 2; ++part) {
@@ -171,9 +184,13 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
     }
     for (int part = 0; part < (L::kWideGate ? 4 : 2); ++part)
       prefetch(&a.g, part * (L::kWideGate ? 32 : 64), value_head, info);
-    cute::SM90_BULK_COPY_G2S::copy(workspace + a.layout.state_gradients + state,
-                                   shared_pointer<uint64_t>(barriers.full_states()),
-                                   shared_pointer(shared + L::kStateGradients), kStateBytes);
+    if (a.order.early_blocks > 0) {
+      int* const arrivals = reinterpret_cast<int*>(workspace + a.layout.arrivals) + image;
+      while (load_acquire(arrivals) != kArrivals) __nanosleep(200);
+      fence_global_async();
+      load_image(a.layout.states, shared + L::kStates);
+    }
+    load_image(a.layout.state_gradients, shared + L::kStateGradients);
 
     mbarrier_wait(barriers.free_tokens(), parity ^ 1);
     *reinterpret_cast<TileInfo*>(base + L::kInfo + slot * sizeof(TileInfo)) = info;
@@ -190,6 +207,7 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
     mbarrier_arrive_expect_tx(barriers.full_output(), kTensorBytes);
     load(shared + L::kOutputGradient, &a.d_o, barriers.full_output(), value_head);
   }
+  if (a.order.early_blocks > 0) cudaGridDependencySynchronize();  // who waits for the gradients waits for the scans
 }
 
 // ---- helpers: the small inverses, and the sums over states
@@ -200,8 +218,7 @@ __device__ void invert_blocks(const GradientArguments& a, uint32_t shared, int w
   using L = GradientLayout<G>;
   const int lane = threadIdx.x % 32, row = lane % 16, block = warp * 2 + lane / 16;
   const uint32_t system = shared + L::kSolve + block * L::kSolveStride;
-  const int images = int(tiles_in_use(a)) * a.p.value_heads;
-  for (int image = blockIdx.x; image < images; image += gridDim.x) {
+  for (TileWalk walk = walk_tiles(a); walk.is_left(); walk.advance()) {
     cutlass::arch::NamedBarrier::sync(kMathThreads + 64, kSystemReady);
     float x[16];
 #pragma unroll
@@ -240,11 +257,11 @@ template <typename G>
 __device__ void sum_states(const GradientArguments& a, uint32_t shared, GradientBarriers barriers) {
   using L = GradientLayout<G>;
   const int lane = threadIdx.x % 32, chunk = lane % 16, odd = lane / 16;
-  const int images = int(tiles_in_use(a)) * a.p.value_heads;
   uint32_t parity = 0;
-  for (int image = blockIdx.x, slot = 0, image_count = 0; image < images;
-       image += gridDim.x, parity ^= 1, slot ^= 1, ++image_count) {
+  int slot = 0, image_count = 0;
+  for (TileWalk walk = walk_tiles(a); walk.is_left(); walk.advance(), parity ^= 1, slot ^= 1, ++image_count) {
     const ChunkKdaBwdParams& p = a.p;
+    const int image = image_at(a, walk);
     const TileInfo info = read_tile(a, image);
     for (int token = lane; token < kTile; token += 32) {
       float beta = 0.f;

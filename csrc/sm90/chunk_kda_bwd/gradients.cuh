@@ -174,7 +174,6 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
   const int warpgroup = thread / 128, warp = thread / 32, lane = thread % 32;
   const int row = lane / 4, pair = lane % 4 * 2;
   const int channel = warp * 16 + row;  // and + 8
-  const int images = int(tiles_in_use(arguments)) * p.value_heads;
 
   // A lane's part of an address of 16 x 16 elements: for what is read as it lies, and of this warp's channels of a
   // block for what is transposed on the way.
@@ -192,8 +191,9 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
   };
 
   uint32_t parity = 0;
-  for (int image = blockIdx.x, slot = 0, image_count = 0; image < images;
-       image += gridDim.x, parity ^= 1, slot ^= 1, ++image_count) {
+  int slot = 0, image_count = 0;
+  for (TileWalk walk = walk_tiles(arguments); walk.is_left(); walk.advance(), parity ^= 1, slot ^= 1, ++image_count) {
+    const int image = image_at(arguments, walk);
     const int value_head = image % p.value_heads;
     // Used after the tokens have come.
     const float A_log = p.A_log ? p.A_log[value_head] : 0.f;
@@ -1044,6 +1044,7 @@ cudaError_t launch_gradients(const ChunkKdaBwdParams& p, const Plan& plan, cudaS
   GradientArguments a;
   a.p = p;
   a.tiles_per_sequence = plan.tiles_per_sequence;
+  a.order = plan.order;
   a.layout = plan.workspace;
   if (!chunk_kda::encode_tokens<T, G>(a, p, kTile) ||
       !chunk_kda::encode_tiles<T>(&a.d_o, p.d_o, p.batch, p.tokens, p.value_heads, p.d_o_stride, kTile)) {
@@ -1051,8 +1052,17 @@ cudaError_t launch_gradients(const ChunkKdaBwdParams& p, const Plan& plan, cudaS
   }
   const cudaError_t error = chunk_kda::allow_shared_bytes<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
-  kKernel<<<plan.gradient_grid, kGradientThreads, kBytes, stream>>>(a);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.gradient_grid);
+  config.blockDim = dim3(kGradientThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = plan.order.early_blocks > 0 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, a);
 }
 
 }  // namespace flashkda::chunk_kda_bwd

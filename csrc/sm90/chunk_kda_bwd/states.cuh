@@ -24,6 +24,7 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
+#include "sm90/chunk_kda/clear.cuh"
 #include "sm90/chunk_kda/loader.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
@@ -48,6 +49,7 @@ struct StateArguments {
   int tiles_per_sequence;   // of a dense call
   char* states;
   char* state_gradients;
+  int* arrivals;  // as WorkspaceLayout has them; null where nobody waits for them
 };
 
 // ---- loader
@@ -63,6 +65,11 @@ struct StateItem {
   int left;    // tokens of the sequence from there on
   int tile;    // the first border: the one before it where the scan goes forward, behind it in reverse
 };
+
+// Halves of heads or heads, in both directions.
+__device__ __forceinline__ int items_of(const StateArguments& arguments, int scans) {
+  return 2 * (3 - scans) * arguments.p.sequences * arguments.p.value_heads;
+}
 
 // False where there is nothing to do.
 template <int kScans>
@@ -115,12 +122,14 @@ __device__ __forceinline__ bool read_item(const StateArguments& arguments, int i
 template <typename L>
 __device__ void load_states(const StateArguments& arguments, uint32_t shared, ChunkInfo* infos, Barriers barriers) {
   const ChunkKdaBwdParams& p = arguments.p;
-  const int items = 2 * (3 - L::kScans) * p.sequences * p.value_heads;
+  const int items = items_of(arguments, L::kScans);
   const int group = p.value_heads / p.heads;
   int* ticket = reinterpret_cast<int*>(arguments.plan);
   Loader<L> loader{shared, infos, barriers};
 
-  cudaGridDependencySynchronize();  // the plan
+  cudaGridDependencySynchronize();  // the plan, or the clearing of the arrivals
+  // All blocks run, and arrivals are zeros: the gradients may wait for them.
+  if (L::kScans == 1 && arguments.arrivals) cudaTriggerProgrammaticLaunchCompletion();
   for (int index = blockIdx.x, next; index < items; index = next) {
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
     StateItem item;
@@ -157,6 +166,27 @@ __device__ void load_states(const StateArguments& arguments, uint32_t shared, Ch
 }
 
 // ---- scan
+
+// Images of a block's one item that are written, a word for each warp of the scan.
+template <typename L>
+__device__ __forceinline__ uint32_t images_written(uint32_t shared) {
+  return shared + L::kOutput + L::kAllOutputBytes - 16;
+}
+
+// Tells of images, behind the scan, which is not to wait for its own fences. One thread.
+template <typename L>
+__device__ void announce_images(const StateArguments& arguments, uint32_t shared) {
+  StateItem item;
+  if (int(blockIdx.x) >= items_of(arguments, L::kScans) || !read_item<L::kScans>(arguments, blockIdx.x, item)) return;
+  const int step = (item.reverse ? -1 : 1) * arguments.p.value_heads;
+  int* word = arguments.arrivals + item.tile * arguments.p.value_heads + item.value_head;
+  for (int done = 0; done < arguments.tiles_per_sequence;) {
+    const int4 written = load_acquire_shared_4(images_written<L>(shared));
+    const int upto = min(min(written.x, written.y), min(written.z, written.w));
+    for (; done < upto; ++done, word += step) add_release(word, 1);
+    __nanosleep(200);
+  }
+}
 
 template <typename T, typename L>
 __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Barriers barriers) {
@@ -207,8 +237,21 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
     char* border = (reverse ? arguments.state_gradients : arguments.states) +
                    (int64_t(borders.y) * p.value_heads + where.z) * kStateBytes + column * 128;
     const int64_t border_step = (reverse ? -1 : 1) * int64_t(p.value_heads) * kStateBytes;
+    [[maybe_unused]] int images = 0;
+    // Those stored so far are there.
+    const auto announce = [&] {
+      bulk_store_wait_written();
+      if (images > 0) store_release_shared(images_written<L>(shared) + warp * 4, images);
+    };
     const auto store_image = [&] {
-      if (lane == 0) bulk_store_wait();
+      if (lane == 0) {
+        if (L::kScans == 1 && arguments.arrivals) {
+          announce();
+          ++images;
+        } else {
+          bulk_store_wait();
+        }
+      }
       __syncwarp();
 #pragma unroll
       for (int m = 0; m < 8; ++m) {
@@ -265,9 +308,10 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
     // The tiles and the system of the chunk at the cursor, as operands. Made a chunk ahead, beside other work: between
     // WARPGROUP.ARRIVE and the first product every address would be waited for.
     cute::GmmaDescriptor tiles, system;
+    const uint32_t in_block = address_in_block(shared);
     const auto find_operands = [&](bool contract_rows) {
-      const uint32_t solve = shared + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset;
-      tiles = swizzled_128b(shared + cursor.stage * L::kStageBytes);
+      const uint32_t solve = in_block + L::kFactors + cursor.stage * kFactorBytes + kSolveOffset;
+      tiles = swizzled_128b(in_block + cursor.stage * L::kStageBytes);
       system = contract_rows ? mn_major_plain(solve, 32) : k_major_plain(solve, 32);
       keep(tiles.reg32_[0]);
       keep(system.reg32_[0]);
@@ -398,13 +442,21 @@ __device__ void scan_states(const StateArguments& arguments, uint32_t shared, Ba
       for (int i = 0; i < 32; ++i) copy[i] = pack_bf16(state[i / 16][2 * (i % 16)], state[i / 16][2 * (i % 16) + 1]);
       store_image();
     }
+    if (L::kScans == 1 && arguments.arrivals && lane == 0) announce();
     mbarrier_wait(barriers.ready(cursor.stage), cursor.parity);
   }
   if (lane == 0) bulk_store_wait();
 }
 
 template <typename G, int kScans>
-using StateLayout = Layout<G, kScans, kImageBytes, kScans == 2 ? 144 : 152>;
+using StateStages = Layout<G, kScans, kImageBytes + (kScans == 1 ? 4 : 0), kScans == 2 ? 144 : 152>;
+
+// With one scan a warp less transforms: it tells of images.
+template <typename G, int kScans>
+struct StateLayout : StateStages<G, kScans> {
+  using Stages = StateStages<G, kScans>;
+  static constexpr int kTransformWarps = std::min(Stages::kOtherWarps - (2 - kScans), Stages::kStages);
+};
 
 template <typename T, typename G, bool kBounded, int kScans>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -413,6 +465,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t unaligned[];
   const Block<L> block(unaligned, 4 * kScans * 32);
   const int warp = threadIdx.x / 32;
+  if constexpr (kScans == 1) {
+    if (arguments.arrivals) {
+      if (threadIdx.x < 4) store_shared(images_written<L>(block.shared) + threadIdx.x * 4, 0);
+      __syncthreads();
+    }
+  }
   if (warp < 4 * kScans) {
     cutlass::arch::warpgroup_reg_alloc<L::kScanRegisters>();
     scan_states<T, L>(arguments, block.shared, block.barriers);
@@ -424,6 +482,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       transform<T, L, kBounded, Pass::kStates>(arguments.p, block.shared, block.bias(role), block.barriers, cursor);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
       load_states<L>(arguments, block.shared, block.infos(), block.barriers);
+    } else if (kScans == 1 && role == L::kTransformWarps + 1 && threadIdx.x % 32 == 0 && arguments.arrivals) {
+      announce_images<L>(arguments, block.shared);
     }
   }
 }
@@ -432,6 +492,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, typename G, bool kBounded, int kScans>
 cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStream_t stream) {
+  constexpr auto kKernel = chunk_kda_states_kernel<T, G, kBounded, kScans>;
   char* workspace = static_cast<char*>(p.workspace);
   StateArguments arguments;
   arguments.p = p;
@@ -440,13 +501,23 @@ cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStre
   arguments.tiles_per_sequence = int(plan.tiles_per_sequence);
   arguments.states = workspace + plan.workspace.states;
   arguments.state_gradients = workspace + plan.workspace.state_gradients;
+  arguments.arrivals = nullptr;
+  if (plan.order.early_blocks > 0 && p.of_tokens()) {
+    arguments.arrivals = reinterpret_cast<int*>(workspace + plan.workspace.arrivals);
+    const cudaError_t error = clear(arguments.arrivals, int(plan.tiles * p.value_heads), stream);
+    if (error != cudaSuccess) return error;
+  }
   const bool encoded =
       chunk_kda::encode_tokens<T, G>(arguments, p, kChunk) &&
       chunk_kda::encode_tiles<T>(&arguments.d_o, p.d_o, p.batch, p.tokens, p.value_heads, p.d_o_stride, kChunk);
   if (!encoded) return cudaErrorInvalidValue;
-  const bool overlap = p.cu_seqlens;  // with the plan
-  return launch_pipeline<chunk_kda_states_kernel<T, G, kBounded, kScans>>(
-      arguments, plan.scan_grid, StateLayout<G, kScans>::kBytes, overlap, stream);
+  constexpr int kBytes = StateLayout<G, kScans>::kBytes;
+  chunk_kda::LaunchOptions options;
+  options.overlap = p.cu_seqlens || arguments.arrivals;  // with the plan, or the clearing of the arrivals
+  if (arguments.arrivals && plan.scan_grid % kScanCluster == 0 &&
+      chunk_kda::has_room_for_clusters<kKernel, kScanCluster>(plan.scan_grid / kScanCluster, kBytes))
+    options.cluster = kScanCluster;
+  return launch_pipeline<kKernel>(arguments, plan.scan_grid, kBytes, options, stream);
 }
 
 }  // namespace flashkda::chunk_kda_bwd

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
+#include "sm90/chunk_kda/clear.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/tensor_map.h"
 #include "sm90/chunk_kda/transform.cuh"
@@ -151,13 +152,7 @@ cudaError_t launch_transitions(const ChunkKdaTransitionParams& p, int grid, cuda
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
   const bool overlap = p.cu_seqlens;  // with the plan
   return launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, false>>(
-      arguments, grid, TransitionLayout<G>::kBytes, overlap, stream);
-}
-
-// Who reads the words waits for this kernel, and the rest of the launch need not.
-static __global__ void clear_kernel(int* words, int count) {
-  cudaTriggerProgrammaticLaunchCompletion();
-  for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
+      arguments, grid, TransitionLayout<G>::kBytes, {overlap}, stream);
 }
 
 template <typename T, typename G, bool kBounded, int kScans>
@@ -176,7 +171,7 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
     constexpr int kBlockScans = kCut == Cut::kShares ? 2 : kScans;
     return launch_pipeline<chunk_kda_fwd_kernel<T, G, kBounded, kBlockScans, kCut>>(
         arguments, kCut == Cut::kShares ? shares_grid : dim3(plan.grid), PrefillLayout<G, kBlockScans, kCut>::kBytes,
-        overlap, stream);
+        {overlap}, stream);
   };
   char* const workspace = static_cast<char*>(p.workspace);
   const SegmentLayout layout = segment_layout(int64_t(p.sequences) * p.value_heads, plan.segments);
@@ -191,8 +186,7 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   if (clears_status || (has_shares && !p.cu_seqlens)) {
     char* const begin = workspace + (clears_status ? layout.status : plan.shares.words);
     char* const end = workspace + (has_shares ? plan.shares.words_end : layout.bytes);
-    clear_kernel<<<1, 128, 0, stream>>>(reinterpret_cast<int*>(begin), int((end - begin) / sizeof(int)));
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = clear(reinterpret_cast<int*>(begin), int((end - begin) / sizeof(int)), stream);
     if (error != cudaSuccess) return error;
   }
   if (has_shares) {
@@ -219,7 +213,7 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   ahead.segmented = segmented;
   ahead.shares = arguments.shares;
   const cudaError_t error = launch_pipeline<chunk_kda_transition_kernel<T, G, kBounded, true>>(
-      ahead, plan.transition_grid, TransitionLayout<G>::kBytes, has_shares, stream);
+      ahead, plan.transition_grid, TransitionLayout<G>::kBytes, {has_shares}, stream);
   if (error != cudaSuccess) return error;
   return launch_prefill(std::integral_constant<Cut, Cut::kMapsAhead>{}, true);
 }
