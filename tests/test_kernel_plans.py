@@ -201,7 +201,7 @@ def test_gradients_begin_beside_scans_that_leave_blocks_idle(backward_plans: Pla
         # One item a block of the scans, which tells of its tiles. All of these run, or gradients would wait for ever.
         assert not packed and p["scans"] == 1 and p["scan_grid"] + p["early_blocks"] == sms == p["gradient_grid"]
         assert 0 < p["early_positions"] <= p["images"]
-        assert p["arrivals"] % 128 == 0 and p["arrivals"] + 4 * p["images"] <= p["bytes"]
+        assert p["arrivals"] % 128 == 0 and p["arrivals"] + 16 * p["images"] <= p["bytes"]
     for p in backward_plans(
         [(1, 16, 4096, 0, SMS), (1, 12, 2048, 0, SMS), (1, 24, 8192, 0, SMS), (2, 4, 4096, 0, SMS)]
     ):

@@ -28,13 +28,13 @@ struct WorkspaceLayout {
   size_t state_gradients = 0;  // [tiles][value_heads][kStateBytes]: of the state leaving each tile
   size_t bias_partials = 0;    // fp32 [tiles][value_heads][128]
   size_t A_log_partials = 0;   // fp32 [tiles][value_heads]
-  size_t arrivals = 0;         // int32 [tiles][value_heads], where gradients begin beside the scans: kArrivals for both
+  size_t arrivals = 0;         // int32 [tiles][value_heads][kArrivals], where gradients begin beside the scans
   size_t dq = 0;               // with grouped value heads: fp32 [batch, tokens, value_heads, 128]
   size_t dk = 0;               // the same
   size_t bytes = 0;
 };
 
-// Halves of a state, in both directions.
+// Of a tile's states: halves, forward and then in reverse; 1 where one is there.
 constexpr int kArrivals = 4;
 
 // The tiles that a block of the gradients takes, one after the other: every `step`th position.
@@ -152,7 +152,7 @@ inline Plan plan(int batch, int sequences, int heads, int value_heads, int64_t t
   layout.state_gradients = part(images * kStateBytes);
   layout.bias_partials = part(images * kHeadDim * sizeof(float));
   layout.A_log_partials = part(images * sizeof(float));
-  if (plan.order.early_blocks > 0) layout.arrivals = part(images * sizeof(int32_t));
+  if (plan.order.early_blocks > 0) layout.arrivals = part(images * kArrivals * sizeof(int32_t));
   if (heads != value_heads) {
     layout.dq = part(per_head);
     layout.dk = part(per_head);

@@ -55,27 +55,31 @@ struct GradientLayout {
   static constexpr int kRateSums = kStateSums + 2 * 4 * kHeadDim;  // fp32 [8]: A_log's, by warp
   static constexpr int kInfo = kRateSums + 32;                     // [2] of 16 bytes
   static constexpr int kBarriers = kInfo + 32;
-  static constexpr int kBytes = kBarriers + 48 + 1024;  // 1024 to align the base
+  static constexpr int kBytes = kBarriers + 64 + 1024;  // 1024 to align the base
   static_assert(kBlocks * kSolveStride <= kReferences - kSums);
   static_assert(kBytes <= 232448);
 };
 
 // Barriers, with who arrives and who waits:
-//   full_tokens   the loader's thread and TMA's bytes (q, k, g), the
-//                 state sum's warp (beta)                             -> math warps
+//   full_keys     the loader's thread and TMA's bytes (q, k)          -> math warps
+//   full_gates    the loader's thread and TMA's bytes (g), the state
+//                 sum's warp (beta)                                   -> math warps, the state sum's warp
 //   full_states   the loader's thread and TMA's bytes (S, dS', v)     -> math warps, the state sum's warp
 //   full_output   the loader's thread and TMA's bytes (dO)            -> math warps
-//   free_tokens   each math warp, at the end of a tile                -> loader
+//   free_keys     math's thread 0, behind a barrier of all math warps -> loader
+//   free_gates    each math warp: g's place is work until then        -> loader
 //   free_states   math's thread 0, behind a barrier of all math warps -> loader
 //   free_output   the same: dO's place has been work until then       -> loader
 struct GradientBarriers {
   uint32_t base;
-  __device__ uint32_t full_tokens() const { return base; }
-  __device__ uint32_t full_states() const { return base + 8; }
-  __device__ uint32_t full_output() const { return base + 16; }
-  __device__ uint32_t free_tokens() const { return base + 24; }
-  __device__ uint32_t free_states() const { return base + 32; }
-  __device__ uint32_t free_output() const { return base + 40; }
+  __device__ uint32_t full_keys() const { return base; }
+  __device__ uint32_t full_gates() const { return base + 8; }
+  __device__ uint32_t full_states() const { return base + 16; }
+  __device__ uint32_t full_output() const { return base + 24; }
+  __device__ uint32_t free_keys() const { return base + 32; }
+  __device__ uint32_t free_gates() const { return base + 40; }
+  __device__ uint32_t free_states() const { return base + 48; }
+  __device__ uint32_t free_output() const { return base + 56; }
 };
 
 // Named barriers: all math warps; diagonal blocks of L written (math arrives, the solving warps wait); inverses written
@@ -185,21 +189,28 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
     for (int part = 0; part < (L::kWideGate ? 4 : 2); ++part)
       prefetch(&a.g, part * (L::kWideGate ? 32 : 64), value_head, info);
     if (a.order.early_blocks > 0) {
-      int* const arrivals = reinterpret_cast<int*>(workspace + a.layout.arrivals) + image;
-      while (load_acquire(arrivals) != kArrivals) __nanosleep(200);
+      int* const arrivals = reinterpret_cast<int*>(workspace + a.layout.arrivals) + int64_t(image) * kArrivals;
+      for (int pair = 0; pair < kArrivals; pair += 2) {
+        for (int2 there = load_acquire_2(arrivals + pair); !(there.x && there.y);
+             there = load_acquire_2(arrivals + pair))
+          __nanosleep(200);
+      }
       fence_global_async();
       load_image(a.layout.states, shared + L::kStates);
     }
     load_image(a.layout.state_gradients, shared + L::kStateGradients);
 
-    mbarrier_wait(barriers.free_tokens(), parity ^ 1);
+    mbarrier_wait(barriers.free_keys(), parity ^ 1);
     *reinterpret_cast<TileInfo*>(base + L::kInfo + slot * sizeof(TileInfo)) = info;
-    mbarrier_arrive_expect_tx(barriers.full_tokens(), (L::kWideGate ? 4 : 3) * kTensorBytes);
-    load(shared + L::kKey, &a.k, barriers.full_tokens(), head);
-    load(shared + L::kQuery, &a.q, barriers.full_tokens(), head);
+    mbarrier_arrive_expect_tx(barriers.full_keys(), 2 * kTensorBytes);
+    load(shared + L::kKey, &a.k, barriers.full_keys(), head);
+    load(shared + L::kQuery, &a.q, barriers.full_keys(), head);
+
+    mbarrier_wait(barriers.free_gates(), parity ^ 1);
+    mbarrier_arrive_expect_tx(barriers.full_gates(), (L::kWideGate ? 2 : 1) * kTensorBytes);
 #pragma unroll
     for (int part = 0; part < (L::kWideGate ? 4 : 2); ++part) {
-      tma_load_4d(shared + L::kWork + part * kHalfBytes, &a.g, barriers.full_tokens(), part * (L::kWideGate ? 32 : 64),
+      tma_load_4d(shared + L::kWork + part * kHalfBytes, &a.g, barriers.full_gates(), part * (L::kWideGate ? 32 : 64),
                   info.token, value_head, info.batch);
     }
 
@@ -277,7 +288,7 @@ __device__ void sum_states(const GradientArguments& a, uint32_t shared, Gradient
       // Of three places this is free: the tile that had it is over when the states of the one before this have come.
       store_shared(shared + L::kBeta + (image_count % 3 * kTile + token) * 4, beta);
     }
-    mbarrier_arrive(barriers.full_tokens());
+    mbarrier_arrive(barriers.full_gates());
     mbarrier_wait(barriers.full_states(), parity);
     float sum[8] = {};
 #pragma unroll 4
@@ -302,7 +313,7 @@ __device__ void sum_states(const GradientArguments& a, uint32_t shared, Gradient
       store_shared(address + 16, make_float4(sum[4], sum[5], sum[6], sum[7]));
     }
     cutlass::arch::NamedBarrier::arrive(kMathThreads + 32, kStateSumsReady);
-    mbarrier_wait(barriers.full_tokens(), parity);  // or the next arrival might count for this tile
+    mbarrier_wait(barriers.full_gates(), parity);  // or the next arrival might count for this tile
   }
 }
 

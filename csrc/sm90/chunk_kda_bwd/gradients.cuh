@@ -195,18 +195,14 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
   for (TileWalk walk = walk_tiles(arguments); walk.is_left(); walk.advance(), parity ^= 1, slot ^= 1, ++image_count) {
     const int image = image_at(arguments, walk);
     const int value_head = image % p.value_heads;
-    // Used after the tokens have come.
+    // Used after g has come.
     const float A_log = p.A_log ? p.A_log[value_head] : 0.f;
     float bias[2] = {};
     if (p.dt_bias) {
       bias[0] = p.dt_bias[int64_t(value_head) * kHeadDim + channel];
       bias[1] = p.dt_bias[int64_t(value_head) * kHeadDim + channel + 8];
     }
-    mbarrier_wait(barriers.full_tokens(), parity);
-    const Decay decay{kBounded                       ? Gate::kBounded
-                      : p.gate == Gate::kPrecomputed ? Gate::kPrecomputed
-                                                     : Gate::kUnbounded,
-                      p.lower_bound, flashkda::exp(A_log)};
+    mbarrier_wait(barriers.full_keys(), parity);
     const uint4 where = load_shared<uint4>(shared + L::kInfo + slot * 16);
     const int valid = int(where.z);
     const uint32_t this_beta = L::kBeta + image_count % 3 * 4 * kTile;
@@ -260,6 +256,11 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     // Cumulative log decays, each thread's where only it reads them; g stays in registers, as fp16 where it had 32
     // bits.
     uint32_t x_bits[16];
+    mbarrier_wait(barriers.full_gates(), parity);
+    const Decay decay{kBounded                       ? Gate::kBounded
+                      : p.gate == Gate::kPrecomputed ? Gate::kPrecomputed
+                                                     : Gate::kUnbounded,
+                      p.lower_bound, flashkda::exp(A_log)};
     {
       float carry[2] = {};
 #pragma unroll 1
@@ -983,13 +984,22 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     } else {
       store_narrow(work, d_sum);
     }
+    cutlass::arch::fence_view_async_shared();
     math_sync();
-    if (!grouped && p.dq) copy_out(work + 2 * kTensorBytes, p.dq, T{});
-    if (!grouped && p.dk) copy_out(work + kTensorBytes, p.dk, T{});
-    if (!L::kWideGate && p.dg) copy_out(work, p.dg, T{});
+    if (thread == 0) mbarrier_arrive(barriers.free_keys());
+    // First what lies where g comes.
+    if constexpr (L::kWideGate) {
+      if (!grouped && p.dk) copy_out(work + kTensorBytes, p.dk, T{});
+    } else {
+      if (p.dg) copy_out(work, p.dg, T{});
+    }
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(barriers.free_tokens());
+    if (lane == 0) mbarrier_arrive(barriers.free_gates());
+    if constexpr (!L::kWideGate) {
+      if (!grouped && p.dk) copy_out(work + kTensorBytes, p.dk, T{});
+    }
+    if (!grouped && p.dq) copy_out(work + 2 * kTensorBytes, p.dq, T{});
   }
 }
 
@@ -1003,10 +1013,12 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const GradientBarriers barriers{shared + L::kBarriers};
 
   if (threadIdx.x == 0) {
-    mbarrier_init(barriers.full_tokens(), 1 + 32);
+    mbarrier_init(barriers.full_keys(), 1);
+    mbarrier_init(barriers.full_gates(), 1 + 32);
     mbarrier_init(barriers.full_states(), 1);
     mbarrier_init(barriers.full_output(), 1);
-    mbarrier_init(barriers.free_tokens(), kMathThreads / 32);
+    mbarrier_init(barriers.free_keys(), 1);
+    mbarrier_init(barriers.free_gates(), kMathThreads / 32);
     mbarrier_init(barriers.free_states(), 1);
     mbarrier_init(barriers.free_output(), 1);
     cutlass::arch::fence_barrier_init();

@@ -24,7 +24,6 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
-#include "sm90/chunk_kda/clear.cuh"
 #include "sm90/chunk_kda/loader.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
@@ -127,9 +126,7 @@ __device__ void load_states(const StateArguments& arguments, uint32_t shared, Ch
   int* ticket = reinterpret_cast<int*>(arguments.plan);
   Loader<L> loader{shared, infos, barriers};
 
-  cudaGridDependencySynchronize();  // the plan, or the clearing of the arrivals
-  // All blocks run, and arrivals are zeros: the gradients may wait for them.
-  if (L::kScans == 1 && arguments.arrivals) cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();  // the plan
   for (int index = blockIdx.x, next; index < items; index = next) {
     next = p.cu_seqlens ? int(gridDim.x) + atomicAdd(ticket, 1) : index + int(gridDim.x);
     StateItem item;
@@ -173,17 +170,25 @@ __device__ __forceinline__ uint32_t images_written(uint32_t shared) {
   return shared + L::kOutput + L::kAllOutputBytes - 16;
 }
 
-// Tells of images, behind the scan, which is not to wait for its own fences. One thread.
+// Tells of images, behind the scan, which is not to wait for its own fences. One warp.
 template <typename L>
 __device__ void announce_images(const StateArguments& arguments, uint32_t shared) {
-  StateItem item;
-  if (int(blockIdx.x) >= items_of(arguments, L::kScans) || !read_item<L::kScans>(arguments, blockIdx.x, item)) return;
-  const int step = (item.reverse ? -1 : 1) * arguments.p.value_heads;
-  int* word = arguments.arrivals + item.tile * arguments.p.value_heads + item.value_head;
-  for (int done = 0; done < arguments.tiles_per_sequence;) {
+  StateItem item = {};
+  const bool has_item =
+      int(blockIdx.x) < items_of(arguments, L::kScans) && read_item<L::kScans>(arguments, blockIdx.x, item);
+  const int tiles = has_item ? arguments.tiles_per_sequence : 0;
+  const int64_t step = int64_t(item.reverse ? -1 : 1) * arguments.p.value_heads * kArrivals;
+  int* word = arguments.arrivals + (int64_t(item.tile) * arguments.p.value_heads + item.value_head) * kArrivals +
+              (item.reverse ? 2 : 0) + item.part;
+  for (int tile = threadIdx.x % 32; tile < tiles; tile += 32) word[tile * step] = 0;
+  __threadfence();
+  __syncwarp();
+  if (threadIdx.x % 32 != 0) return;
+  cudaTriggerProgrammaticLaunchCompletion();  // the gradients, behind those of all blocks, may wait for these words
+  for (int done = 0; done < tiles;) {
     const int4 written = load_acquire_shared_4(images_written<L>(shared));
     const int upto = min(min(written.x, written.y), min(written.z, written.w));
-    for (; done < upto; ++done, word += step) add_release(word, 1);
+    for (; done < upto; ++done, word += step) store_release(word, 1);
     __nanosleep(200);
   }
 }
@@ -482,7 +487,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       transform<T, L, kBounded, Pass::kStates>(arguments.p, block.shared, block.bias(role), block.barriers, cursor);
     } else if (role == L::kTransformWarps && threadIdx.x % 32 == 0) {
       load_states<L>(arguments, block.shared, block.infos(), block.barriers);
-    } else if (kScans == 1 && role == L::kTransformWarps + 1 && threadIdx.x % 32 == 0 && arguments.arrivals) {
+    } else if (kScans == 1 && role == L::kTransformWarps + 1 && arguments.arrivals) {
       announce_images<L>(arguments, block.shared);
     }
   }
@@ -502,18 +507,15 @@ cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStre
   arguments.states = workspace + plan.workspace.states;
   arguments.state_gradients = workspace + plan.workspace.state_gradients;
   arguments.arrivals = nullptr;
-  if (plan.order.early_blocks > 0 && p.of_tokens()) {
+  if (plan.order.early_blocks > 0 && p.of_tokens())
     arguments.arrivals = reinterpret_cast<int*>(workspace + plan.workspace.arrivals);
-    const cudaError_t error = clear(arguments.arrivals, int(plan.tiles * p.value_heads), stream);
-    if (error != cudaSuccess) return error;
-  }
   const bool encoded =
       chunk_kda::encode_tokens<T, G>(arguments, p, kChunk) &&
       chunk_kda::encode_tiles<T>(&arguments.d_o, p.d_o, p.batch, p.tokens, p.value_heads, p.d_o_stride, kChunk);
   if (!encoded) return cudaErrorInvalidValue;
   constexpr int kBytes = StateLayout<G, kScans>::kBytes;
   chunk_kda::LaunchOptions options;
-  options.overlap = p.cu_seqlens || arguments.arrivals;  // with the plan, or the clearing of the arrivals
+  options.overlap = p.cu_seqlens;  // with the plan
   if (arguments.arrivals && plan.scan_grid % kScanCluster == 0 &&
       chunk_kda::has_room_for_clusters<kKernel, kScanCluster>(plan.scan_grid / kScanCluster, kBytes))
     options.cluster = kScanCluster;

@@ -12,7 +12,6 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
-#include "sm90/chunk_kda/clear.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/tensor_map.h"
 #include "sm90/chunk_kda/transform.cuh"
@@ -155,6 +154,12 @@ cudaError_t launch_transitions(const ChunkKdaTransitionParams& p, int grid, cuda
       arguments, grid, TransitionLayout<G>::kBytes, {overlap}, stream);
 }
 
+// Who reads the words waits for this kernel, and the rest of the launch need not.
+static __global__ void clear_kernel(int* words, int count) {
+  cudaTriggerProgrammaticLaunchCompletion();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
+}
+
 template <typename T, typename G, bool kBounded, int kScans>
 cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t stream) {
   Arguments arguments = {};
@@ -186,7 +191,8 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   if (clears_status || (has_shares && !p.cu_seqlens)) {
     char* const begin = workspace + (clears_status ? layout.status : plan.shares.words);
     char* const end = workspace + (has_shares ? plan.shares.words_end : layout.bytes);
-    const cudaError_t error = clear(reinterpret_cast<int*>(begin), int((end - begin) / sizeof(int)), stream);
+    clear_kernel<<<1, 128, 0, stream>>>(reinterpret_cast<int*>(begin), int((end - begin) / sizeof(int)));
+    const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
   if (has_shares) {
