@@ -85,12 +85,17 @@ def count(heads: int, T: int, shortest: int = SHORTEST) -> int:
 
 # Where maps cost less than they save (docs/kernel_notes.md): not with fewer tokens a segment, nor with fewer segments.
 _SHORTEST_OF_CALL, _FEWEST_OF_CALL = 4096, 8
+# Dense calls have gradients beside their scans, which segments do not: they pay from so many tokens a head on, while
+# that many heads leave most of a GPU idle.
+_DENSE_TOKENS_A_HEAD, _DENSE_HEADS = 16384, 12
 
 
-def of_call(s: Sizes) -> int:
+def of_call(s: Sizes, *, packed: bool) -> int:
     """In how many segments the kernels take a call of one device. Shapes alone decide."""
-    n = count(s.N * s.HV, s.T, _SHORTEST_OF_CALL)
-    return n if n >= _FEWEST_OF_CALL else 1
+    heads = s.N * s.HV
+    n = count(heads, s.T, _SHORTEST_OF_CALL)
+    pays = packed or (heads <= _DENSE_HEADS and s.T // max(1, heads) >= _DENSE_TOKENS_A_HEAD)
+    return n if pays and n >= _FEWEST_OF_CALL else 1
 
 
 class Gates(NamedTuple):

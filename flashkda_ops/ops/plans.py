@@ -85,4 +85,4 @@ def _make(call: _Call) -> Plan:
         padded = call.q.is_cuda and padding.fits(sizes) and cuda.chunk_kda_reason(*call[:9], any_width=True) is None
         return Plan(sizes, options, None, 1, padded)
     kernel = cuda.chunk_plan(*call[:9], options, call.state_v_first)
-    return Plan(sizes, options, kernel, segments.of_call(sizes))
+    return Plan(sizes, options, kernel, segments.of_call(sizes, packed=call.cu_seqlens is not None))
