@@ -29,7 +29,6 @@
 #include <cutlass/arch/barrier.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstring>
 
@@ -261,81 +260,5 @@ struct Block {
   __device__ uint32_t bias(int transform_warp) const { return shared + L::kBias + transform_warp * kHeadDim * 4; }
   __device__ ChunkInfo* infos() const { return reinterpret_cast<ChunkInfo*>(base + L::kFactors + kChunkInfoOffset); }
 };
-
-// Lets a kernel have that much dynamic shared memory: once a device; again does no harm.
-template <auto kKernel>
-cudaError_t allow_shared_bytes(int shared_bytes) {
-  static std::atomic<uint64_t> devices{0};
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const uint64_t bit = uint64_t(1) << (device % 64);
-  if (device >= 64 || !(devices.load() & bit)) {
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-    devices.fetch_or(bit);
-  }
-  return cudaSuccess;
-}
-
-// Whether so many clusters of blocks with that much shared memory run at the same time: asked once a device.
-template <auto kKernel, int kCluster>
-bool has_room_for_clusters(int clusters, int shared_bytes) {
-  static std::atomic<int> most[64] = {};  // and 1
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  std::atomic<int>& known = most[device % 64];
-  if (known.load() == 0 || device >= 64) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {kCluster, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(kCluster);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int found = 0;
-    if (allow_shared_bytes<kKernel>(shared_bytes) != cudaSuccess ||
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
-        cudaOccupancyMaxActiveClusters(&found, kKernel, &config) != cudaSuccess) {
-      cudaGetLastError();
-      found = 0;
-    }
-    known.store(found + 1);
-  }
-  return known.load() > clusters;
-}
-
-// How a kernel that runs the pipeline is launched.
-struct LaunchOptions {
-  bool overlap = false;  // it need not wait for the kernel before
-  int cluster = 1;       // blocks, on multiprocessors next to each other
-};
-
-template <auto kKernel, typename Arguments>
-cudaError_t launch_pipeline(const Arguments& arguments, dim3 grid, int shared_bytes, LaunchOptions options,
-                            cudaStream_t stream) {
-  const cudaError_t error = allow_shared_bytes<kKernel>(shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  if (options.overlap) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (options.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(options.cluster), 1, 1};
-  }
-  return cudaLaunchKernelEx(&config, kKernel, arguments);
-}
 
 }  // namespace flashkda::chunk_kda

@@ -46,6 +46,7 @@
 #include "common/elements.cuh"
 #include "common/hopper.cuh"
 #include "common/math.cuh"
+#include "sm90/chunk_kda/launch.h"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/tensor_map.h"
 #include "sm90/chunk_kda_bwd/config.h"
@@ -1052,7 +1053,6 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 template <typename T, typename G, bool kBounded>
 cudaError_t launch_gradients(const ChunkKdaBwdParams& p, const Plan& plan, cudaStream_t stream) {
   constexpr int kBytes = GradientLayout<G>::kBytes;
-  constexpr auto kKernel = gradients_kernel<T, G, kBounded>;
   GradientArguments a;
   a.p = p;
   a.tiles_per_sequence = plan.tiles_per_sequence;
@@ -1062,19 +1062,9 @@ cudaError_t launch_gradients(const ChunkKdaBwdParams& p, const Plan& plan, cudaS
       !chunk_kda::encode_tiles<T>(&a.d_o, p.d_o, p.batch, p.tokens, p.value_heads, p.d_o_stride, kTile)) {
     return cudaErrorInvalidValue;
   }
-  const cudaError_t error = chunk_kda::allow_shared_bytes<kKernel>(kBytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.gradient_grid);
-  config.blockDim = dim3(kGradientThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = plan.order.early_blocks > 0 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kKernel, a);
+  chunk_kda::Launch launch = {dim3(plan.gradient_grid), kGradientThreads, kBytes};
+  launch.overlap = plan.order.early_blocks > 0;
+  return chunk_kda::launch<gradients_kernel<T, G, kBounded>>(a, launch, stream);
 }
 
 }  // namespace flashkda::chunk_kda_bwd
