@@ -237,8 +237,8 @@ void chunk_kda_paged(const ChunkKdaParams& params, const Inputs& inputs, uintptr
 
 // grads: addresses of the gradients of q, k, v, g, beta, A_log, dt_bias and initial_state.
 void chunk_kda_backward(const ChunkKdaParams& params, const Inputs& inputs, uintptr_t d_o, const Strides& d_o_stride,
-                        uintptr_t d_final_state, const std::array<uintptr_t, 8>& grads, uintptr_t workspace, int device,
-                        uintptr_t stream) {
+                        uintptr_t d_final_state, const std::array<uintptr_t, 8>& grads, bool clusters,
+                        uintptr_t workspace, int device, uintptr_t stream) {
   ChunkKdaBwdParams p = {params};
   set_addresses(p, inputs, workspace);
   p.d_o = pointer(d_o);
@@ -253,7 +253,7 @@ void chunk_kda_backward(const ChunkKdaParams& params, const Inputs& inputs, uint
   p.d_dt_bias = pointer<float>(grads[6]);
   p.d_initial_state = pointer<float>(grads[7]);
   use_device(device);
-  check(launch_chunk_kda_bwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_bwd");
+  check(launch_chunk_kda_bwd(p, clusters, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_bwd");
 }
 
 std::string cuda_version() {
@@ -312,5 +312,5 @@ PYBIND11_MODULE(_C, m) {
         "pool_rows"_a, "pool_stride"_a, "state_indices"_a, "has_initial_state"_a, "checkpoints"_a,
         "checkpoint_offsets"_a, "checkpoint_indices"_a, "one_segment"_a, "workspace"_a, "device"_a, "stream"_a);
   m.def("chunk_kda_bwd", &flashkda::chunk_kda_backward, "params"_a, "inputs"_a, "d_o"_a, "d_o_stride"_a,
-        "d_final_state"_a, "grads"_a, "workspace"_a, "device"_a, "stream"_a);
+        "d_final_state"_a, "grads"_a, "clusters"_a, "workspace"_a, "device"_a, "stream"_a);
 }

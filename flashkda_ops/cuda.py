@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from flashkda_ops.options import KdaOptions
 _Strides = tuple[int, int, int]
 _View = tuple[int, int, int, int]
 """The address of a tensor [B, T, H] or [B, T, H, D], and its strides over the batch, tokens and heads."""
+
+CLUSTERS = os.environ.get("FLASHKDA_CLUSTERS", "")
+"""Decides ``may_use_clusters`` by hand (``FLASHKDA_CLUSTERS=0`` or ``1``)."""
 
 
 @functools.cache
@@ -74,6 +78,17 @@ def _launch(function: Callable[..., None], device: torch.device, *arguments: Any
         with torch.cuda.device(device):  # takes microseconds: most calls need none
             return _launch(function, device, *arguments)
     function(*arguments, index, torch._C._cuda_getCurrentRawStream(index))
+
+
+def may_use_clusters() -> bool:
+    """Whether scans of few heads may be clusters of 16 blocks, which wait until that much of a GPC is free.
+
+    A communication kernel holds some of each GPC while it waits for another rank; were that in turn to wait for this
+    scan, neither would end. So not where ``torch.distributed`` is initialized, unless ``CLUSTERS`` says otherwise.
+    """
+    if CLUSTERS:
+        return CLUSTERS != "0"
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _address(x: Tensor | None) -> int:
@@ -515,6 +530,7 @@ def chunk_kda_backward(
         strides,
         _address(dht),
         [_address(x) for x in written],
+        may_use_clusters(),
         workspace.data_ptr(),
     )
     for i in _PARAMETERS:

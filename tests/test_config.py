@@ -185,6 +185,17 @@ TILE = 64
 STATE_BYTES, SUM_BYTES = 2 * 128 * 128, 4 * (128 + 1)
 
 
+@pytest.mark.parametrize(("setting", "initialized", "expected"), [
+    ("", False, True), ("", True, False), ("0", False, False), ("1", True, True),
+])  # fmt: skip
+def test_scans_are_clusters_only_where_no_other_rank_may_wait_for_them(
+    monkeypatch: pytest.MonkeyPatch, setting: str, initialized: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(cuda, "CLUSTERS", setting)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: initialized)
+    assert cuda.may_use_clusters() is expected
+
+
 def backward_workspace(T: int, *, B: int = 1, N: int | None = None, H: int = 2, HV: int = 2) -> int:
     loaded, status = cuda.extension_status()
     if not loaded:

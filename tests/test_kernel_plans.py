@@ -82,8 +82,8 @@ int main() {
       for (int times : taken) once &= times == 1;
     }
     const long long fields[] = {
-        tiles, p.scans, p.scan_grid, p.gradient_grid, p.order.early_blocks, p.order.early_positions, images,
-        (long long)p.workspace.arrivals, (long long)p.workspace.bytes, once, ordered};
+        tiles, p.scans, p.scan_grid, p.scan_cluster, p.gradient_grid, p.order.early_blocks, p.order.early_positions,
+        images, (long long)p.workspace.arrivals, (long long)p.workspace.bytes, once, ordered};
     for (long long field : fields) std::printf("%lld ", field);
     std::puts("");
   }
@@ -94,6 +94,7 @@ BACKWARD_FIELDS = [
     "tiles_per_sequence",
     "scans",
     "scan_grid",
+    "scan_cluster",
     "gradient_grid",
     "early_blocks",
     "early_positions",
@@ -196,8 +197,9 @@ def test_gradients_begin_beside_scans_that_leave_blocks_idle(backward_plans: Pla
     for (_, _, _, packed, sms), p in zip(calls, backward_plans(calls), strict=True):
         assert p["once"] and p["ordered"]
         if not p["early_blocks"]:
-            assert p["early_positions"] == 0
+            assert p["early_positions"] == 0 and p["scan_cluster"] == 1
             continue
+        assert p["scan_cluster"] == 16 and p["scan_grid"] % 16 == 0
         # One item a block of the scans, which tells of its tiles. All of these run, or gradients would wait for ever.
         assert not packed and p["scans"] == 1 and p["scan_grid"] + p["early_blocks"] == sms == p["gradient_grid"]
         assert 0 < p["early_positions"] <= p["images"]

@@ -27,9 +27,10 @@ size_t chunk_kda_bwd_workspace_bytes(int batch, int sequences, int heads, int va
   return chunk_kda_bwd::plan(batch, sequences, heads, value_heads, tokens, has_cu_seqlens, sm_count).workspace.bytes;
 }
 
-cudaError_t launch_chunk_kda_bwd(const ChunkKdaBwdParams& p, cudaStream_t stream) {
-  const Plan plan =
+cudaError_t launch_chunk_kda_bwd(const ChunkKdaBwdParams& p, bool clusters, cudaStream_t stream) {
+  Plan plan =
       chunk_kda_bwd::plan(p.batch, p.sequences, p.heads, p.value_heads, p.tokens, p.cu_seqlens != nullptr, p.sm_count);
+  if (!clusters) plan.scan_cluster = 1;
   return chunk_kda::dispatch(p, [&](auto token, auto gate, auto bounded) {
     if (p.cu_seqlens) {
       char* workspace = static_cast<char*>(p.workspace);

@@ -105,6 +105,7 @@ struct Plan {
   int64_t tiles_per_sequence;  // of a dense call
   int scans;                   // halves of a value head's V that a block of the scan takes
   int scan_grid;
+  int scan_cluster;  // blocks
   int gradient_grid;
   TileOrder order;
   WorkspaceLayout workspace;
@@ -122,6 +123,7 @@ inline Plan plan(int batch, int sequences, int heads, int value_heads, int64_t t
   plan.scans = 2 * items <= sm_count ? 1 : 2;
   const int64_t blocks = plan.scans == 1 ? 2 * items : items;
   plan.scan_grid = int(blocks < sm_count ? blocks : sm_count);
+  plan.scan_cluster = 1;
   const int64_t gradients = plan.tiles * value_heads;
   plan.gradient_grid = int(has_cu_seqlens || gradients > sm_count ? sm_count : gradients);
 
@@ -130,6 +132,7 @@ inline Plan plan(int batch, int sequences, int heads, int value_heads, int64_t t
   if (!has_cu_seqlens && plan.scans == 1 && free_blocks >= kLeastEarlyBlocks &&
       plan.tiles_per_sequence >= kLeastEarlyTiles && gradients > sm_count) {
     plan.scan_grid = int(whole_clusters);
+    plan.scan_cluster = kScanCluster;
     plan.order.early_blocks = int(free_blocks);
     plan.order.early_positions =
         int(early_tiles(gradients, plan.tiles_per_sequence, free_blocks, sm_count - free_blocks));

@@ -14,7 +14,8 @@ namespace flashkda {
 size_t chunk_kda_bwd_workspace_bytes(int batch, int sequences, int heads, int value_heads, int64_t tokens,
                                      bool has_cu_seqlens, int sm_count);
 
-cudaError_t launch_chunk_kda_bwd(const ChunkKdaBwdParams& params, cudaStream_t stream);
+// With `clusters` scans may wait for GPCs of their own. A kernel that holds part of each must not wait for them.
+cudaError_t launch_chunk_kda_bwd(const ChunkKdaBwdParams& params, bool clusters, cudaStream_t stream);
 
 namespace chunk_kda_bwd {
 

@@ -516,10 +516,8 @@ cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStre
   if (!encoded) return cudaErrorInvalidValue;
   chunk_kda::Launch launch = {dim3(plan.scan_grid), kThreads, StateLayout<G, kScans>::kBytes};
   launch.overlap = p.cu_seqlens;  // with the plan
-  if (arguments.arrivals) {
-    launch.cluster = kScanCluster;
-    if (!chunk_kda::has_room_for_clusters<kKernel>(launch)) launch.cluster = 1;
-  }
+  if (arguments.arrivals) launch.cluster = plan.scan_cluster;
+  if (launch.cluster > 1 && !chunk_kda::has_room_for_clusters<kKernel>(launch)) launch.cluster = 1;
   return chunk_kda::launch<kKernel>(arguments, launch, stream);
 }
 
