@@ -1,6 +1,7 @@
 // Everything the host decides, from shapes and the number of multiprocessors alone.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -86,13 +87,13 @@ constexpr int64_t early_tiles(int64_t gradients, int64_t tiles_per_sequence, int
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t scans = tiles_per_sequence * kScanTileNs, half = scans / 2;  // the first tiles are ready half way
   const int64_t work = gradients * kGradientTileNs - early_blocks * half + late_blocks * kColdNs;
-  const int64_t behind = work > 0 ? work / (early_blocks + late_blocks) : 0;
+  const int64_t behind = std::max<int64_t>(work, 0) / (early_blocks + late_blocks);
   int64_t best = gradients, best_ns = INT64_MAX;
   for (int64_t n = (half + behind) / kGradientTileNs, last = n + 1; n <= last; ++n) {  // whole tiles a block
-    const int64_t early = n * early_blocks < gradients ? n * early_blocks : gradients, late = gradients - early;
+    const int64_t early = std::min(n * early_blocks, gradients), late = gradients - early;
     const int64_t early_ns = half + ceil_div(early, early_blocks) * kGradientTileNs;
     const int64_t late_ns = late > 0 ? scans + kColdNs + ceil_div(late, late_blocks) * kGradientTileNs : 0;
-    const int64_t ns = early_ns > late_ns ? early_ns : late_ns;
+    const int64_t ns = std::max(early_ns, late_ns);
     if (early == 0 || ns >= best_ns) continue;
     best = early;
     best_ns = ns;

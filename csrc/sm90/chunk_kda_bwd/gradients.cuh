@@ -45,8 +45,8 @@
 
 #include "common/elements.cuh"
 #include "common/hopper.cuh"
+#include "common/launch.h"
 #include "common/math.cuh"
-#include "sm90/chunk_kda/launch.h"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/tensor_map.h"
 #include "sm90/chunk_kda_bwd/config.h"
@@ -1062,9 +1062,9 @@ cudaError_t launch_gradients(const ChunkKdaBwdParams& p, const Plan& plan, cudaS
       !chunk_kda::encode_tiles<T>(&a.d_o, p.d_o, p.batch, p.tokens, p.value_heads, p.d_o_stride, kTile)) {
     return cudaErrorInvalidValue;
   }
-  chunk_kda::Launch launch = {dim3(plan.gradient_grid), kGradientThreads, kBytes};
+  Launch launch = {dim3(plan.gradient_grid), kGradientThreads, kBytes};
   launch.overlap = plan.order.early_blocks > 0;
-  return chunk_kda::launch<gradients_kernel<T, G, kBounded>>(a, launch, stream);
+  return flashkda::launch<gradients_kernel<T, G, kBounded>>(a, launch, stream);
 }
 
 }  // namespace flashkda::chunk_kda_bwd

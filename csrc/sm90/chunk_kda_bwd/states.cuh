@@ -24,7 +24,7 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
-#include "sm90/chunk_kda/launch.h"
+#include "common/launch.h"
 #include "sm90/chunk_kda/loader.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
@@ -514,11 +514,11 @@ cudaError_t launch_states(const ChunkKdaBwdParams& p, const Plan& plan, cudaStre
       chunk_kda::encode_tokens<T, G>(arguments, p, kChunk) &&
       chunk_kda::encode_tiles<T>(&arguments.d_o, p.d_o, p.batch, p.tokens, p.value_heads, p.d_o_stride, kChunk);
   if (!encoded) return cudaErrorInvalidValue;
-  chunk_kda::Launch launch = {dim3(plan.scan_grid), kThreads, StateLayout<G, kScans>::kBytes};
+  Launch launch = {dim3(plan.scan_grid), kThreads, StateLayout<G, kScans>::kBytes};
   launch.overlap = p.cu_seqlens;  // with the plan
   if (arguments.arrivals) launch.cluster = plan.scan_cluster;
-  if (launch.cluster > 1 && !chunk_kda::has_room_for_clusters<kKernel>(launch)) launch.cluster = 1;
-  return chunk_kda::launch<kKernel>(arguments, launch, stream);
+  if (launch.cluster > 1 && !has_room_for_clusters<kKernel>(launch)) launch.cluster = 1;
+  return flashkda::launch<kKernel>(arguments, launch, stream);
 }
 
 }  // namespace flashkda::chunk_kda_bwd

@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
-#include "sm90/chunk_kda/launch.h"
+#include "common/launch.h"
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/tensor_map.h"
 #include "sm90/chunk_kda/transform.cuh"
@@ -151,7 +151,7 @@ cudaError_t launch_transitions(const ChunkKdaTransitionParams& p, int grid, cuda
   arguments.p = p;
   if (!encode_tokens<T, G>(arguments, p, kChunk)) return cudaErrorInvalidValue;
   const bool overlap = p.cu_seqlens;  // with the plan
-  return chunk_kda::launch<chunk_kda_transition_kernel<T, G, kBounded, false>>(
+  return flashkda::launch<chunk_kda_transition_kernel<T, G, kBounded, false>>(
       arguments, {dim3(grid), kThreads, TransitionLayout<G>::kBytes, overlap}, stream);
 }
 
@@ -176,7 +176,7 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
     constexpr Cut kCut = decltype(cut)::value;
     constexpr int kBlockScans = kCut == Cut::kShares ? 2 : kScans;
     const dim3 grid = kCut == Cut::kShares ? shares_grid : dim3(plan.grid);
-    return chunk_kda::launch<chunk_kda_fwd_kernel<T, G, kBounded, kBlockScans, kCut>>(
+    return flashkda::launch<chunk_kda_fwd_kernel<T, G, kBounded, kBlockScans, kCut>>(
         arguments, {grid, kThreads, PrefillLayout<G, kBlockScans, kCut>::kBytes, overlap}, stream);
   };
   char* const workspace = static_cast<char*>(p.workspace);
@@ -219,7 +219,7 @@ cudaError_t launch(const ChunkKdaFwdParams& p, const Plan& plan, cudaStream_t st
   static_cast<ChunkKdaParams&>(ahead.p) = p;
   ahead.segmented = segmented;
   ahead.shares = arguments.shares;
-  const cudaError_t error = chunk_kda::launch<chunk_kda_transition_kernel<T, G, kBounded, true>>(
+  const cudaError_t error = flashkda::launch<chunk_kda_transition_kernel<T, G, kBounded, true>>(
       ahead, {dim3(plan.transition_grid), kThreads, TransitionLayout<G>::kBytes, has_shares}, stream);
   if (error != cudaSuccess) return error;
   return launch_prefill(std::integral_constant<Cut, Cut::kMapsAhead>{}, true);

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include "common/indices.cuh"
+#include "common/launch.h"
 #include "common/memory.cuh"
 #include "sm90/recurrent_kda/config.h"
 #include "sm90/recurrent_kda/launch.h"
@@ -212,18 +213,13 @@ cudaError_t launch_rows(const RecurrentKdaParams& params, cudaStream_t stream) {
   constexpr int64_t kMaxGridY = 65535;
   const int64_t y = params.sequences < kMaxGridY ? params.sequences : kMaxGridY;
   const int64_t z = (params.sequences + y - 1) / y;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(params.value_heads * (kHeadDim / (warps * kRows))), unsigned(y), unsigned(z));
-  config.blockDim = dim3(32 * warps);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
+  Launch launch = {dim3(unsigned(params.value_heads * (kHeadDim / (warps * kRows))), unsigned(y), unsigned(z)),
+                   32 * warps};
+  launch.overlap = true;
+  const LaunchConfig configured(launch, stream);
   const auto kernel = one_token ? one_token_kernel<T, State, kVFirst, kRows> : tokens_kernel<T, State, kVFirst, kRows>;
   // Returns this launch's own error, where cudaGetLastError would also return an earlier one of someone else's.
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return cudaLaunchKernelEx(&configured.config, kernel, params);
 }
 
 template <typename T, typename State, bool kVFirst>

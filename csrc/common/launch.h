@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-namespace flashkda::chunk_kda {
+namespace flashkda {
 
 struct Launch {
   dim3 grid;
@@ -89,4 +89,4 @@ cudaError_t launch(const Arguments& arguments, const Launch& launch, cudaStream_
   return cudaLaunchKernelEx(&configured.config, kKernel, arguments);
 }
 
-}  // namespace flashkda::chunk_kda
+}  // namespace flashkda
