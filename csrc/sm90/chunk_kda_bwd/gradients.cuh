@@ -194,7 +194,9 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
   uint32_t parity = 0;
   int slot = 0, image_count = 0;
   for (TileWalk walk = walk_tiles(arguments); walk.is_left(); walk.advance(), parity ^= 1, slot ^= 1, ++image_count) {
-    const int image = image_at(arguments, walk);
+    mbarrier_wait(barriers.full_keys(), parity);
+    const uint4 where = load_shared<uint4>(shared + L::kInfo + slot * 16);
+    const int valid = int(where.z), image = int(where.w);
     const int value_head = image % p.value_heads;
     // Used after g has come.
     const float A_log = p.A_log ? p.A_log[value_head] : 0.f;
@@ -203,9 +205,6 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       bias[0] = p.dt_bias[int64_t(value_head) * kHeadDim + channel];
       bias[1] = p.dt_bias[int64_t(value_head) * kHeadDim + channel + 8];
     }
-    mbarrier_wait(barriers.full_keys(), parity);
-    const uint4 where = load_shared<uint4>(shared + L::kInfo + slot * 16);
-    const int valid = int(where.z);
     const uint32_t this_beta = L::kBeta + image_count % 3 * 4 * kTile;
     const int64_t first_row = int64_t(where.y) * p.tokens + where.x;  // of an output, of this tile
 
@@ -679,35 +678,38 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       store_block(shared + (is_N ? L::kSystem : L::kScores), i, j, x);
     };
     {
+      // Diagonal, level 1, level 2: N turns, so that it is the first each time round.
       const uint32_t rows = is_N ? work : shared + L::kOutputGradient, columns = shared + L::kValue;
-      float x[8];
-      multiply_blocks(x, rows + diagonal * kBlockBytes, kHalfBytes, columns + diagonal * kBlockBytes, kHalfBytes,
-                      matrix);
-      keep_lower(x);
-      store_score_gradient(x, N_diagonal, diagonal, diagonal, 0);
-      multiply_blocks(x, rows + row1 * kBlockBytes, kHalfBytes, columns + column1 * kBlockBytes, kHalfBytes, matrix);
-      store_score_gradient(x, N_level1, row1, column1, 1 + column1);
-      if (has_level2) {
-        multiply_blocks(x, rows + row2 * kBlockBytes, kHalfBytes, columns + column2 * kBlockBytes, kHalfBytes, matrix);
-        store_score_gradient(x, N_level2, row2, column2, 3);
+#pragma unroll 1
+      for (int level = 0; level < (has_level2 ? 3 : 2); ++level) {
+        const int i = level == 0 ? diagonal : level == 1 ? row1 : row2;
+        const int j = level == 0 ? diagonal : level == 1 ? column1 : column2;
+        float x[8];
+        multiply_blocks(x, rows + i * kBlockBytes, kHalfBytes, columns + j * kBlockBytes, kHalfBytes, matrix);
+        if (level == 0) keep_lower(x);
+        store_score_gradient(x, N_diagonal, i, j, level == 0 ? 0 : level == 1 ? 1 + column1 : 3);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          N_diagonal[e] = N_level1[e];
+          N_level1[e] = N_level2[e];
+        }
       }
     }
     // Rows of a tensor in shared memory to rows of an output; `from` names the elements' type there.
     const auto copy_out = [&](uint32_t tensor, void* to, auto from) {
-      const int64_t stride = int64_t(p.value_heads) * kHeadDim;
-      T* out = static_cast<T*>(to) + first_row * stride + int64_t(value_head) * kHeadDim;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = i * 16 + thread / 16, chunk = thread % 16;
-        uint4 x = load_shared<uint4>(tensor + chunk / 8 * kHalfBytes + token * 128 +
-                                     ((uint32_t(chunk % 8) ^ (token % 8)) << 4));
+      const int first = thread / 16, chunk = thread % 16, step = p.value_heads * kHeadDim * 16;
+      uint32_t address = tensor + chunk / 8 * kHalfBytes + first * 128 + ((uint32_t(chunk % 8) ^ (first % 8)) << 4);
+      T* out = static_cast<T*>(to) + ((first_row + first) * p.value_heads + value_head) * kHeadDim + chunk * 8;
+#pragma unroll 1
+      for (int token = first; token < valid; token += 16, address += kBlockBytes, out += step) {
+        uint4 x = load_shared<uint4>(address);
         if constexpr (!std::is_same_v<decltype(from), T>) {
           const uint32_t bits[4] = {x.x, x.y, x.z, x.w};
           float f[8];
           unpack(f, bits, from);
           x = make_uint4(pack(f[0], f[1], T{}), pack(f[2], f[3], T{}), pack(f[4], f[5], T{}), pack(f[6], f[7], T{}));
         }
-        if (token < valid) *reinterpret_cast<uint4*>(out + token * stride + chunk * 8) = x;
+        *reinterpret_cast<uint4*>(out) = x;
       }
     };
     if (p.dv) copy_out(work + kTensorBytes, p.dv, __nv_bfloat16{});
