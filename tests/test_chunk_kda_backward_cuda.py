@@ -293,6 +293,10 @@ def test_gradients_that_begin_beside_the_scans_wait_for_their_states(H: int) -> 
     for _ in range(10):
         torch.full((1 << 28,), torch.nan, device="cuda")  # where the workspace will lie
         assert same_bits(run(call, do, dht), one_after_the_other)
+    graph, grads = graph_of(lambda: run(call, do, dht))
+    for _ in range(10):
+        graph.replay()
+        assert same_bits(grads, one_after_the_other)
 
 
 def test_any_strides_give_the_same_bits() -> None:
