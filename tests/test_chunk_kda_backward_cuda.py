@@ -284,8 +284,12 @@ def test_a_malformed_cu_seqlens_is_taken_as_its_clamped_running_maximum(cu: list
     assert same_bits(run(call, do, dht), run(call | {"cu_seqlens": safe}, do, dht))
 
 
+@pytest.mark.parametrize("clusters", [True, False])
 @pytest.mark.parametrize("H", [8, 10, 12, 24])
-def test_gradients_that_begin_beside_the_scans_wait_for_their_states(H: int) -> None:
+def test_gradients_that_begin_beside_the_scans_wait_for_their_states(
+    monkeypatch: pytest.MonkeyPatch, H: int, clusters: bool
+) -> None:
+    monkeypatch.setattr(cuda, "may_use_clusters", lambda: clusters)
     call = kernel_call(2100, H=H, HV=H)
     do, dht = cotangents(call)
     # Those of a packed call begin behind its scans.
