@@ -155,10 +155,15 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   int64_t fast = rounds((3 - plan.scans) * heads) * mean_chunks * kScanNs[plan.scans];
   if (has_cu_seqlens && sequences > 1) fast += fast / 4;
 
-  if (!has_cu_seqlens && may_cut && 2 * heads <= sm_count) {
-    // Which gates a call has is not known here, so fast and slow ones count alike: with slow ones the transitions run
-    // to the end, and states go through all of them.
-    int64_t best = 2 * chunks * kScanNs[1];
+  // The segments that take least with slow gates, whose transitions run to the end and whose states go through all of
+  // them, and with fast ones, `fast_ones` times. Returns the time with fast gates.
+  const auto choose_segments = [&](int64_t fast_ones) {
+    const int64_t whole = chunks * kScanNs[1];
+    plan.scans = 1;
+    plan.cut = Cut::kWhole;
+    plan.segments = 1;
+    plan.segment_chunks = int(chunks);
+    int64_t least = (1 + fast_ones) * whole, fast = whole;
     for (int64_t wanted = 2; wanted <= kMaxSegments && wanted * kMinSegmentChunks <= chunks; ++wanted) {
       const int64_t segment_chunks = (chunks + wanted - 1) / wanted;
       const int64_t segments = (chunks + segment_chunks - 1) / segment_chunks;
@@ -173,15 +178,37 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
         const int64_t before = together ? kTogetherNs
                                : first  ? kFirstNs
                                         : kAheadNs + (transition_rounds - 1) * kRoundNs;
-        const int64_t ns = 2 * (rounds(blocks) * segment_chunks * kScanNs[scans] + before) + slow;
-        if (ns >= best) continue;
-        best = ns;
-        fast = rounds(blocks) * segment_chunks * kScanNs[scans] + before;
+        const int64_t of_segments = rounds(blocks) * segment_chunks * kScanNs[scans] + before;
+        const int64_t ns = (1 + fast_ones) * of_segments + slow;
+        if (ns >= least) continue;
+        least = ns;
+        fast = of_segments;
         plan.scans = scans;
         plan.cut = first ? Cut::kMapsFirst : Cut::kMapsAhead;
         plan.segments = int(segments);
         plan.segment_chunks = int(segment_chunks);
       }
+    }
+    return fast;
+  };
+  const bool is_dense_with_room = !has_cu_seqlens && may_cut && 2 * heads <= sm_count;
+  // Which gates a call has is not known here, so both count alike.
+  if (is_dense_with_room) fast = choose_segments(1);
+
+  // Where heads are left over, the passes after are to find as many blocks free: so these take halves or segments of
+  // them.
+  if (may_cut && heads > 0 && 2 * heads <= sm_count && sequences <= kMostSharedSequences) {
+    const int64_t share = (mean_chunks + sm_count / heads - 1) / (sm_count / heads);
+    const int64_t warm_up = std::min<int64_t>(2 + share / 96, kMostWarmUpChunks);
+    // Whole sequences are to be so long that what slow gates lose is little of it.
+    const bool is_long = plan.segments > 1 || has_cu_seqlens || fast >= kVerdictParts * kVerdictNs;
+    if (chunks > warm_up && is_long && (share + warm_up) * kScanNs[2] + kSharesNs + kLeastGainNs < fast) {
+      plan.share = int(share);
+      plan.warm_up = int(warm_up);
+      plan.pieces = int((chunks + share - 1) / share);
+      plan.shares_grid = has_cu_seqlens ? sm_count : int(heads) * plan.pieces;
+      if (is_dense_with_room) choose_segments(0);                                      // fast gates need none
+      if (plan.cut == Cut::kMapsAhead && plan.scans == 1) plan.cut = Cut::kMapsFirst;  // one launch less
     }
   }
 
@@ -194,27 +221,11 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
     plan.workspace_bytes = segment_layout(heads, plan.segments).bytes;
   }
   if (has_cu_seqlens) plan.workspace_bytes = chunk_kda::plan_layout(sequences).bytes;
-  // Where heads are left over, the passes after are to find as many blocks free: so these take halves or segments of
-  // them.
-  if (may_cut && heads > 0 && 2 * heads <= sm_count && sequences <= kMostSharedSequences) {
-    const int64_t share = (mean_chunks + sm_count / heads - 1) / (sm_count / heads);
-    const int64_t warm_up = std::min<int64_t>(2 + share / 96, kMostWarmUpChunks);
-    // Whole sequences are to be so long that what slow gates lose is little of it.
-    const bool is_long = plan.segments > 1 || has_cu_seqlens || fast >= kVerdictParts * kVerdictNs;
-    if (chunks > warm_up && is_long && (share + warm_up) * kScanNs[2] + kSharesNs + kLeastGainNs < fast) {
-      plan.share = int(share);
-      plan.pieces = int((chunks + share - 1) / share);
-      plan.shares_grid = has_cu_seqlens ? sm_count : int(heads) * plan.pieces;
-      if (plan.cut == Cut::kMapsAhead && plan.scans == 1) {  // one launch less
-        plan.cut = Cut::kMapsFirst;
-        plan.transition_grid = 0;
-      }
-      plan.warm_up = int(warm_up);
-      plan.shares.words = align_16(plan.workspace_bytes);
-      plan.shares.words_end = plan.shares.words + sizeof(int32_t) * (kHeadWords + 2 * size_t(heads));
-      plan.shares.pieces = align_16(plan.shares.words_end);
-      plan.workspace_bytes = plan.shares.pieces + (has_cu_seqlens ? sizeof(Piece) * size_t(sm_count) : 0);
-    }
+  if (plan.shares_grid > 0) {
+    plan.shares.words = align_16(plan.workspace_bytes);
+    plan.shares.words_end = plan.shares.words + sizeof(int32_t) * (kHeadWords + 2 * size_t(heads));
+    plan.shares.pieces = align_16(plan.shares.words_end);
+    plan.workspace_bytes = plan.shares.pieces + (has_cu_seqlens ? sizeof(Piece) * size_t(sm_count) : 0);
   }
   if (checkpoints > 0 || (has_pool && plan.copies_initial_states())) {
     plan.pool_offset = align_16(plan.workspace_bytes);
