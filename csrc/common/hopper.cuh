@@ -164,6 +164,14 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, const uint32
   cute::SM90_U16x8_STSM_T::copy(x[0], x[1], x[2], x[3], *shared_pointer<cute::uint128_t>(address));
 }
 
+// A matrix of 8 x 8 elements of 16 bits, of which each lane holds two neighbours in a row, transposed. CuTe has no word
+// for it.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(x));
+  return transposed;
+}
+
 // Has the compiler keep a value in its register instead of working it out again at each use.
 __device__ __forceinline__ void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
@@ -182,6 +190,12 @@ __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
   uint32_t x;
   memcpy(&x, &pair, sizeof(x));
   return x;
+}
+
+__device__ __forceinline__ float2 unpack_fp16(uint32_t x) {
+  __half2 pair;
+  memcpy(&pair, &x, sizeof(x));
+  return __half22float2(pair);
 }
 
 // ---- matrix products of a warp: D[16 x 8] = A[16 x 16] B[16 x 8] + C, fp32 accumulators

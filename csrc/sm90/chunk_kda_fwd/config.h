@@ -15,6 +15,9 @@ using chunk_kda::kHeadDim;
 // Fewer chunks do not pay for a segment.
 constexpr int kMinSegmentChunks = 4;
 constexpr int kMaxSegments = 32;
+// The maps of segments take at most one of so many of the bytes of q, k, v and g, where these have 16 bits and no
+// grouped heads.
+constexpr int kMapsPart = 10;
 // Of shares.
 constexpr int kMostWarmUpChunks = 6;
 constexpr int kMostSharedSequences = 128;
@@ -23,9 +26,9 @@ constexpr float kForgotten = 5.9604644775390625e-8f;  // 2^-24
 
 // What a segment does to the state that enters it: S' = S R + B. R^T is [128 of S'][128 of S] in fp16, as the prefill
 // multiplies with it: byte of (j, c): j / 64 * 16384 + c / 64 * 8192 + j % 64 * 128 + ((c % 64 / 8) ^ (j % 8)) * 16 + c
-// % 8 * 2. B is [K, V] in fp32.
+// % 8 * 2. B is as offset.cuh has it.
 constexpr int kMapBytes = 2 * kHeadDim * kHeadDim;
-constexpr int kOffsetBytes = 4 * kHeadDim * kHeadDim;
+constexpr int kOffsetBytes = 2 * kHeadDim * kHeadDim + kHeadDim / 16 * 4;
 
 // The workspace of a call in segments. Indices of heads run over [sequences][value_heads], those of segments over all
 // but the last.
@@ -124,7 +127,7 @@ struct Plan {
 // Nanoseconds on an H100, as measured (docs/kernel_notes.md).
 constexpr int64_t kScanNs[3] = {0, 735, 1050};  // of a chunk, by `scans`
 constexpr int64_t kTransitionNs = 750;          // of a chunk
-constexpr int64_t kMapNs = 1900;                // of taking a state through one segment
+constexpr int64_t kMapNs = 1300;                // of taking a state through one segment
 constexpr int64_t kTogetherNs = 5000;           // of transitions in a grid ahead that runs beside the prefill's
 constexpr int64_t kFirstNs = 9500;              // of transitions in the blocks of the prefill
 constexpr int64_t kAheadNs = 12000;             // of transitions in a grid ahead that does not
@@ -156,8 +159,9 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
   if (has_cu_seqlens && sequences > 1) fast += fast / 4;
 
   // The segments that take least with slow gates, whose transitions run to the end and whose states go through all of
-  // them, and with fast ones, `fast_ones` times. Returns the time with fast gates.
-  const auto choose_segments = [&](int64_t fast_ones) {
+  // them, and with fast ones, `fast_ones` times, with one head's maps in so many bytes. Returns the time with fast
+  // gates.
+  const auto choose_segments = [&](int64_t fast_ones, int64_t most_map_bytes) {
     const int64_t whole = chunks * kScanNs[1];
     plan.scans = 1;
     plan.cut = Cut::kWhole;
@@ -168,6 +172,7 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
       const int64_t segment_chunks = (chunks + wanted - 1) / wanted;
       const int64_t segments = (chunks + segment_chunks - 1) / segment_chunks;
       const int64_t transitions = 2 * heads * (segments - 1);
+      if ((segments - 1) * (kMapBytes + kOffsetBytes) > most_map_bytes) break;
       const int64_t transition_rounds = rounds(transitions);
       const int64_t slow = transition_rounds * segment_chunks * kTransitionNs + (segments - 1) * kMapNs;
       for (int scans = 1; scans <= 2; ++scans) {
@@ -192,8 +197,9 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
     return fast;
   };
   const bool is_dense_with_room = !has_cu_seqlens && may_cut && 2 * heads <= sm_count;
+  const int64_t most_map_bytes = chunks * (kChunk * 4 * kHeadDim * 2) / kMapsPart;
   // Which gates a call has is not known here, so both count alike.
-  if (is_dense_with_room) fast = choose_segments(1);
+  if (is_dense_with_room) fast = choose_segments(1, INT64_MAX);
 
   // Where heads are left over, the passes after are to find as many blocks free: so these take halves or segments of
   // them.
@@ -207,11 +213,13 @@ inline Plan plan(int sequences, int value_heads, int64_t tokens, bool has_cu_seq
       plan.warm_up = int(warm_up);
       plan.pieces = int((chunks + share - 1) / share);
       plan.shares_grid = has_cu_seqlens ? sm_count : int(heads) * plan.pieces;
-      if (is_dense_with_room) choose_segments(0);                                      // fast gates need none
-      if (plan.cut == Cut::kMapsAhead && plan.scans == 1) plan.cut = Cut::kMapsFirst;  // one launch less
     }
   }
 
+  // Behind shares, fast gates need no segments.
+  if (is_dense_with_room) choose_segments(plan.shares_grid > 0 ? 0 : 1, most_map_bytes);
+  if (plan.shares_grid > 0 && plan.cut == Cut::kMapsAhead && plan.scans == 1)
+    plan.cut = Cut::kMapsFirst;  // one launch less
   const int64_t blocks = (3 - plan.scans) * heads * plan.segments;
   // A packed call may have padding rows to clear, whatever its sequences hold, so it never runs with few blocks.
   plan.grid = has_cu_seqlens || blocks > sm_count ? sm_count : int(blocks);

@@ -8,6 +8,7 @@
 #include "sm90/chunk_kda/state.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 #include "sm90/chunk_kda_fwd/items.cuh"
+#include "sm90/chunk_kda_fwd/offset.cuh"
 
 namespace flashkda::chunk_kda_fwd {
 
@@ -18,7 +19,7 @@ struct MapRing {
   static constexpr int kHalfBytes = kMapBytes / 2;
   uint32_t buffers;
   uint32_t barriers;
-  uint32_t requests[2] = {0, 0}, uses[2] = {0, 0};  // of each half, so far
+  uint32_t parities = 0;  // of how often each half was requested so far (bits 0, 1) and used (2, 3)
 
   __device__ MapRing(uint32_t buffers, uint32_t barriers) : buffers(buffers), barriers(barriers) {}
 
@@ -33,20 +34,21 @@ struct MapRing {
     }
   }
 
+  // Of all scan threads.
+  __device__ __forceinline__ void wait(int half) {
+    mbarrier_wait(full(half), parities >> (2 + half) & 1);
+    parities ^= 4 << half;
+  }
+
   // The first scan thread's.
   __device__ __forceinline__ void request(const char* map, int half) {
-    mbarrier_wait(empty(half), (requests[half]++ & 1) ^ 1);
+    mbarrier_wait(empty(half), (parities >> half & 1) ^ 1);
+    parities ^= 1 << half;
     mbarrier_arrive_expect_tx(full(half), kHalfBytes);
     cute::SM90_BULK_COPY_G2S::copy(map + half * kHalfBytes, shared_pointer<uint64_t>(full(half)),
                                    shared_pointer(buffers + half * kHalfBytes), kHalfBytes);
   }
 };
-
-// 2^-e for an x of [0, 2^e), but 2^59 at most: what is to be added to x is multiplied with it, too, and x may be zero.
-__device__ __forceinline__ float inverse_power_above(float x) {
-  const int exponent = min(max(__float_as_int(x) >> 23, 67), 251);
-  return __int_as_float((253 - exponent) << 23);
-}
 
 // The state that enters `segment`, which is not the first one. `column`: of V, this warp's first. S goes through in
 // fp16, each row divided by a power of two above its entries: its error and R's are 2^-12 of an entry.
@@ -59,12 +61,8 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
   const int lane = threadIdx.x % 32;
   const int64_t first = head * (from.segments - 1);
   const auto map = [&](int i) { return from.maps + (first + i) * kMapBytes; };
-  const auto load_offset = [&](int i) {
-    const float* offset = reinterpret_cast<const float*>(from.offsets + (first + i) * kOffsetBytes);
-#pragma unroll
-    for (int j = 0; j < 64; ++j) {
-      state[j / 32][j % 32] = offset[(j / 4 * 8 + pair + j % 2) * kHeadDim + column + lane / 4 + j / 2 % 2 * 8];
-    }
+  const auto load_offset_of = [&](int i, float scale0, float scale1) {
+    load_offset(state, from.offsets + (first + i) * kOffsetBytes, column / 16, lane, scale0, scale1);
   };
   // The last segment on the way that forgets what enters it. With fast gates that is the one before. Of others a half
   // may: a bit of `forgotten` each.
@@ -84,7 +82,7 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
   }
   const auto is_forgotten = [&](int i, int half) { return (forgotten >> (2 * i + half) & 1) != 0; };
   if (last == segment - 1) {
-    load_offset(last);
+    load_offset_of(last, 1.f, 1.f);
     return;
   }
   fence_global_async();
@@ -95,7 +93,7 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
                p.initial_state + head * (kHeadDim * kHeadDim) + first_element(p.state_v_first, column + lane / 4, pair),
                p.state_v_first);
   } else {
-    load_offset(i++);
+    load_offset_of(i++, 1.f, 1.f);
     if (i == segment) return;
   }
   const auto request = [&](int i, int half) {
@@ -116,16 +114,14 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
         for (int offset = 1; offset < 4; offset *= 2)
           largest[row] = fmaxf(largest[row], __shfl_xor_sync(0xffffffffu, largest[row], offset));
         scale[row] = inverse_power_above(largest[row]);
-        unscale[row] = 1.f / scale[row];
+        unscale[row] = inverse_power(scale[row]);
       }
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
         copy[j] = pack_fp16(state[j / 16][j % 16 * 2] * scale[j % 2], state[j / 16][j % 16 * 2 + 1] * scale[j % 2]);
       }
       __syncwarp();  // no load before the copy is made: there are no registers for both
-      load_offset(i);
-#pragma unroll
-      for (int j = 0; j < 64; ++j) state[j / 32][j % 32] *= scale[j / 2 % 2];
+      load_offset_of(i, scale[0], scale[1]);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -133,7 +129,7 @@ __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&
         request(i + 1, half);
         continue;
       }
-      mbarrier_wait(ring.full(half), ring.uses[half]++ & 1);
+      ring.wait(half);
       const cute::GmmaDescriptor rows = swizzled_128b(ring.buffers + half * MapRing::kHalfBytes);
       cute::warpgroup_arrive();
 #pragma unroll

@@ -18,6 +18,7 @@
 #include "sm90/chunk_kda/pipeline.cuh"
 #include "sm90/chunk_kda/state.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
+#include "sm90/chunk_kda_fwd/offset.cuh"
 #include "sm90/chunk_kda_fwd/shares.cuh"
 
 namespace flashkda::chunk_kda_fwd {
@@ -320,8 +321,6 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
     if constexpr (kSegments) {
       const SegmentArguments& to = arguments.segmented;
       const int64_t index = head * (to.segments - 1) + int(what.z);
-      float* const offsets = reinterpret_cast<float*>(to.offsets + index * kOffsetBytes);
-      store_state(offset, offsets + first_element(true, row, pair), true);
       if (!forgotten) {
         char* rows = to.maps + index * kMapBytes + int(what.y) * (kMapBytes / 2) + row % 64 * 128 + pair * 2;
 #pragma unroll
@@ -335,6 +334,7 @@ __device__ __forceinline__ void scan_transitions(const SomeArguments& arguments,
         }
         if constexpr (kPublish) fence_global_async();  // for other blocks' copy engines
       }
+      store_offset(offset, to.offsets + index * kOffsetBytes, int(what.y) * 4 + warp, lane);
       const int status = forgotten ? kMapForgotten : kMapStored;
       if constexpr (kPublish) {
         cutlass::arch::NamedBarrier::sync(128, 0);
