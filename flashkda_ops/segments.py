@@ -39,7 +39,7 @@ def _levels(maps: Tensor) -> list[Tensor]:
         K = maps.shape[-2]
         first, second = maps[..., 0 : n - 1 : 2, :, :], maps[..., 1:n:2, :, :]
         pairs = second[..., :K] @ first
-        pairs[..., K:] += second[..., K:]
+        pairs[..., K:].add_(second[..., K:])
         maps = torch.cat((pairs, maps[..., n - 1 :, :, :]), -3) if n % 2 else pairs
         levels.append(maps)
     return levels
@@ -72,30 +72,44 @@ def applied(maps: Tensor, S: Tensor) -> Tensor:
 # Segments, and where the sequences lie in them
 # ---------------------------------------------------------------------------------------------------------------------
 
-# How many of (segment, row, value head) run at a time: the multiprocessors of an H100.
+# The multiprocessors of an H100.
 BLOCKS = 132
 # Fewer tokens do not pay for a segment.
 SHORTEST = 1024
 
 
-def count(heads: int, T: int, shortest: int = SHORTEST) -> int:
-    """In how many segments of equal length ``T`` tokens run; ``heads`` counts those of all rows."""
-    return max(1, min(BLOCKS // max(1, heads), T // shortest))
+def count(heads: int, T: int, shortest: int = SHORTEST, *, packed: bool) -> int:
+    """In how many segments of equal length ``T`` tokens run; ``heads`` counts those of all rows.
+
+    A segment of a head is two blocks' work, each of which takes half of its V and half of its map. Among packed
+    sequences it is one block's: with the pieces beside them there are more than the kernels take in halves.
+    """
+    abreast = BLOCKS if packed else BLOCKS // 2
+    return max(1, min(abreast // max(1, heads), T // shortest))
 
 
-# Where maps cost less than they save (docs/kernel_notes.md): not with fewer tokens a segment, nor with fewer segments.
-_SHORTEST_OF_CALL, _FEWEST_OF_CALL = 4096, 8
+# Where maps cost less than they save (docs/kernel_notes.md): not with fewer tokens a segment, nor in shorter calls, nor
+# with more heads.
+_SHORTEST_OF_CALL, _LEAST_TOKENS, _MOST_HEADS = 4096, 32768, 16
 # Dense calls have gradients beside their scans, which segments do not: they pay from so many tokens a head on, while
-# that many heads leave most of a GPU idle.
+# that many heads leave most of a GPU idle. Without clusters of scans they have less of that.
 _DENSE_TOKENS_A_HEAD, _DENSE_HEADS = 16384, 12
+_DENSE_TOKENS_WITHOUT_CLUSTERS = 131072
 
 
-def of_call(s: Sizes, *, packed: bool) -> int:
-    """In how many segments the kernels take a call of one device. Shapes alone decide."""
+def of_call(s: Sizes, *, packed: bool, clusters: bool) -> int:
+    """In how many segments the kernels take a call of one device, whose scans may be clusters or not. Apart from that,
+    shapes alone decide.
+    """
     heads = s.N * s.HV
-    n = count(heads, s.T, _SHORTEST_OF_CALL)
-    pays = packed or (heads <= _DENSE_HEADS and s.T // max(1, heads) >= _DENSE_TOKENS_A_HEAD)
-    return n if pays and n >= _FEWEST_OF_CALL else 1
+    pays = (
+        packed
+        or (heads <= _DENSE_HEADS and s.T // max(1, heads) >= _DENSE_TOKENS_A_HEAD)
+        or (not clusters and s.T >= _DENSE_TOKENS_WITHOUT_CLUSTERS)
+    )
+    if not pays or heads > _MOST_HEADS or s.T < _LEAST_TOKENS:
+        return 1
+    return count(heads, s.T, _SHORTEST_OF_CALL, packed=packed)
 
 
 class Gates(NamedTuple):

@@ -165,7 +165,7 @@ def over_two_dimensions(dtype: torch.dtype, **options: Any) -> float:
 def in_segments(n: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The function where a rank's tokens are cut in so many segments, however few they are."""
     original = segments.count
-    segments.count = lambda heads, T: n
+    segments.count = lambda heads, T, *, packed: n
     try:
         return function(*args, **kwargs)
     finally:
@@ -260,7 +260,7 @@ def halo() -> float:
 
 def on_gpus(options: dict[str, Any]) -> float:
     call = kernel_call(2 * 4096, **options)
-    assert segments.count(call["v"].shape[0] * 4, 4096) == 4
+    assert segments.count(call["v"].shape[0] * 4, 4096, packed=call.get("cu_seqlens") is not None) == 4
     return differences(call, even(2 * 4096), dist.group.WORLD)
 
 
@@ -443,8 +443,14 @@ def test_rows_that_do_not_lie_behind_each_other_are_cut_too(two: World) -> None:
 
 
 def test_segments_fill_a_gpu_once_and_are_not_short() -> None:
-    assert [segments.count(16, T) for T in (0, 2047, 2048, 8192, 65536, 1 << 30)] == [1, 1, 2, 8, 8, 8]
-    assert [segments.count(heads, 1 << 20) for heads in (1, 12, 66, 67, 500)] == [132, 11, 2, 1, 1]
+    def n(heads: int, T: int, packed: bool) -> int:
+        return segments.count(heads, T, packed=packed)
+
+    assert [n(16, T, True) for T in (0, 2047, 2048, 8192, 65536, 1 << 30)] == [1, 1, 2, 8, 8, 8]
+    assert [n(heads, 1 << 20, True) for heads in (1, 12, 66, 67, 500)] == [132, 11, 2, 1, 1]
+    # Of dense rows, in blocks of halves.
+    assert [n(16, T, False) for T in (0, 2047, 2048, 8192, 65536, 1 << 30)] == [1, 1, 2, 4, 4, 4]
+    assert [n(heads, 1 << 20, False) for heads in (1, 12, 33, 34, 500)] == [66, 5, 2, 1, 1]
 
 
 def test_other_dtypes_differ_by_their_rounding(world: World) -> None:

@@ -173,7 +173,7 @@ def test_few_heads_take_the_chip(plans: Plans) -> None:
     calls = [
         (1, H, T, 0, 0, SMS, 0, 0) for H, T in ((12, 2048), (8, 4096), (16, 8192), (4, 1024), (24, 8192), (16, 512))
     ]
-    for (_, H, T, *_), p in zip(calls, plans(calls), strict=True):
+    for (_, _, T, *_), p in zip(calls, plans(calls), strict=True):
         assert p["shares_grid"] >= 0.9 * SMS and (p["segments"] > 1) == (T > 1024)
     packed = [(4, 12, 8192, 1, 0, SMS, 0, 0), (1, 32, 2048, 1, 0, SMS, 1, 0)]
     assert all(p["shares_grid"] == SMS for p in plans(packed))

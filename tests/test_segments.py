@@ -100,22 +100,25 @@ def test_a_malformed_cu_seqlens_makes_pieces_in_bounds(seed: int) -> None:
 
 
 def test_only_long_sequences_of_few_heads_run_in_segments() -> None:
-    def n(T: int, HV: int, N: int = 1, *, packed: bool = True) -> int:
-        return segments.of_call(Sizes(N=N, B=1, T=T, H=HV, HV=HV, K=128, V=128), packed=packed)
+    def n(T: int, HV: int, N: int = 1, *, packed: bool = True, clusters: bool = True) -> int:
+        return segments.of_call(Sizes(N=N, B=1, T=T, H=HV, HV=HV, K=128, V=128), packed=packed, clusters=clusters)
 
     assert [n(T, 16) for T in (4096, 32767, 32768, 131072, 1 << 20)] == [1, 1, 8, 8, 8]
     assert [n(131072, HV) for HV in (1, 4, 8, 16, 17, 64)] == [32, 32, 16, 8, 1, 1]
     assert [n(131072, 4, N) for N in (1, 2, 4, 5)] == [n(131072, HV) for HV in (4, 8, 16, 20)]
-    assert [n(T, 4, packed=False) for T in (16384, 32768, 65536, 131072)] == [1, 1, 16, 32]
-    assert [n(131072, HV, packed=False) for HV in (1, 4, 8, 9, 16)] == [32, 32, 16, 1, 1]
-    assert [n(1 << 20, HV, packed=False) for HV in (12, 13)] == [11, 1]
+    assert [n(T, 4, packed=False) for T in (16384, 32768, 65536, 131072)] == [1, 1, 16, 16]
+    assert [n(131072, HV, packed=False) for HV in (1, 4, 8, 9, 16)] == [32, 16, 8, 1, 1]
+    assert [n(1 << 20, HV, packed=False) for HV in (12, 13)] == [5, 1]
+    # In blocks of halves; without clusters of scans, more calls.
+    assert [n(131072, HV, packed=False, clusters=False) for HV in (4, 8, 9, 16, 17)] == [16, 8, 7, 4, 1]
+    assert [n(65536, HV, packed=False, clusters=False) for HV in (4, 8)] == [16, 1]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"cu_seqlens": [0, 9000, 31000]}, {"state_v_first": True, "H": 1}], ids=str)
 def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
     call = kernel_call(32768, **{"H": 2, "HV": 2} | options)
-    assert segments.of_call(sizes(call), packed="cu_seqlens" in options) >= 8
+    assert segments.of_call(sizes(call), packed="cu_seqlens" in options, clusters=True) >= 8
     a = arguments(call)
     expected = chunk_kda_backward.op(*a._replace(batch_invariant=True))
     results = chunk_kda_backward.op(*a)
@@ -137,7 +140,7 @@ def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
 def test_packed_outputs_in_segments_are_as_close(options: dict[str, Any]) -> None:
     call = kernel_call(32768, H=2, HV=2, cu_seqlens=[0, 9000, 9000, 31000], **options)
     a = chunk_kda.Arguments(**call, output_final_state=True)
-    assert segments.of_call(sizes(call), packed=True) >= 8
+    assert segments.of_call(sizes(call), packed=True, clusters=True) >= 8
     expected, results, again = (chunk_kda.op(*x) for x in (a._replace(batch_invariant=True), a, a))
     for x, y, z in zip(results[:2], expected[:2], again[:2], strict=True):
         assert torch.equal(x, z) and not torch.equal(x, y)

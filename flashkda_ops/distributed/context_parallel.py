@@ -102,7 +102,7 @@ def _layout(
     q: Tensor, v: Tensor, cu_seqlens: Tensor | None, rank_offsets: Tensor | None, axes: _Axes, batch_invariant: bool
 ) -> segments.Layout:
     # With batch_invariant, sequences are cut by ranks alone.
-    n = 1 if batch_invariant else segments.count(q.shape[0] * v.shape[2], q.shape[1])
+    n = 1 if batch_invariant else segments.count(q.shape[0] * v.shape[2], q.shape[1], packed=cu_seqlens is not None)
     return segments.layout(q, cu_seqlens, n, rank_offsets=rank_offsets, rank=_rank(axes), ranks=_size(axes))
 
 

@@ -74,7 +74,7 @@ def plan(a: Arguments) -> Plan:
 
 def run(a: Arguments) -> _Computed:
     """The op, with None for what was not asked for: by the kernel where it serves the call, or on the portable path."""
-    sizes, options, kernel, n, padded = plan(a)
+    sizes, options, kernel, (n, _), padded = plan(a)
     validate_checkpoint_interval(a.checkpoint_interval)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)

@@ -109,8 +109,9 @@ def _compute(a: Arguments, plan: Plan) -> Sequence[Tensor | None]:
             return portable.chunk_kda_backward(*a[:11], plan.options, state_v_first=a.state_v_first)
         dh0 = portable.initial_state_gradient(*a[:9], a.cu_seqlens, plan.options, state_v_first=a.state_v_first)
         return [*[None] * 7, dh0]
-    if plan.segments > 1 and not a.batch_invariant:
-        return _in_segments(a, plan.sizes, plan.segments)
+    n = plan.segments[cuda.may_use_clusters()]
+    if n > 1 and not a.batch_invariant:
+        return _in_segments(a, plan.sizes, n)
     grads = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if wanted and x is not None else None
         for x, wanted in zip(a[2:10], a.output_mask, strict=True)

@@ -23,14 +23,14 @@ _MOST = 1024
 class Plan(NamedTuple):
     """Of a valid call: its sizes, its options, and what to launch where the kernels serve it.
 
-    ``segments``: in how many the kernels take it, where sequences need not be left whole. ``padded``: the kernels serve
-    it with more channels, of zeros.
+    ``segments``: in how many the kernels take it, where sequences need not be left whole, as scans may be clusters of
+    blocks or not. ``padded``: the kernels serve it with more channels, of zeros.
     """
 
     sizes: Sizes
     options: KdaOptions
     kernel: cuda.ChunkPlan | None
-    segments: int
+    segments: tuple[int, int]
     padded: bool = False
 
 
@@ -83,6 +83,8 @@ def _make(call: _Call) -> Plan:
     options = KdaOptions.of(call)
     if not call.q.is_cuda or cuda.chunk_kda_reason(*call[:9]) is not None:
         padded = call.q.is_cuda and padding.fits(sizes) and cuda.chunk_kda_reason(*call[:9], any_width=True) is None
-        return Plan(sizes, options, None, 1, padded)
+        return Plan(sizes, options, None, (1, 1), padded)
     kernel = cuda.chunk_plan(*call[:9], options, call.state_v_first)
-    return Plan(sizes, options, kernel, segments.of_call(sizes, packed=call.cu_seqlens is not None))
+    packed = call.cu_seqlens is not None
+    whole, clusters = (segments.of_call(sizes, packed=packed, clusters=clusters) for clusters in (False, True))
+    return Plan(sizes, options, kernel, (whole, clusters))
