@@ -107,17 +107,17 @@ def test_only_long_sequences_of_few_heads_run_in_segments() -> None:
     assert [n(131072, HV) for HV in (1, 4, 8, 16, 17, 64)] == [32, 32, 16, 8, 1, 1]
     assert [n(131072, 4, N) for N in (1, 2, 4, 5)] == [n(131072, HV) for HV in (4, 8, 16, 20)]
     assert [n(T, 4, packed=False) for T in (16384, 32768, 65536, 131072)] == [1, 1, 16, 16]
-    assert [n(131072, HV, packed=False) for HV in (1, 4, 8, 9, 16)] == [32, 16, 8, 1, 1]
+    assert [n(65536, HV, packed=False) for HV in (1, 4, 8, 9, 16)] == [16, 16, 8, 1, 1]
+    assert [n(131072, HV, packed=False) for HV in (1, 4, 8, 12, 13, 16)] == [32, 16, 8, 5, 1, 1]
     assert [n(1 << 20, HV, packed=False) for HV in (12, 13)] == [5, 1]
-    # In blocks of halves; without clusters of scans, more calls.
-    assert [n(131072, HV, packed=False, clusters=False) for HV in (4, 8, 9, 16, 17)] == [16, 8, 7, 4, 1]
-    assert [n(65536, HV, packed=False, clusters=False) for HV in (4, 8)] == [16, 1]
+    assert [n(65536, HV, packed=False, clusters=False) for HV in (4, 8, 9, 16, 17)] == [16, 8, 7, 4, 1]
+    assert n(65535, 8, packed=False, clusters=False) == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"cu_seqlens": [0, 9000, 31000]}, {"state_v_first": True, "H": 1}], ids=str)
 def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
-    call = kernel_call(32768, **{"H": 2, "HV": 2} | options)
+    call = kernel_call(32768 if "cu_seqlens" in options else 65536, **{"H": 2, "HV": 2} | options)
     assert segments.of_call(sizes(call), packed="cu_seqlens" in options, clusters=True) >= 8
     a = arguments(call)
     expected = chunk_kda_backward.op(*a._replace(batch_invariant=True))

@@ -69,6 +69,20 @@ def test_heads_that_do_not_are_left_over(name: str, slow: str) -> None:
         assert error(actual, exact) < 1.15 * error(at_once, exact) + 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_blocks_that_give_up_wait_for_no_bytes_twice(dtype: torch.dtype) -> None:
+    """A hang: gates of a transform warp's chunk that come before those of an earlier one, where both are given up."""
+    calls = []
+    for seed in range(16):  # three times the L2 cache, so that bytes come in any order
+        call = kernel_call(512, H=16, HV=16, gate="precomputed", slow_heads=16, seed=seed)
+        calls.append(call | {"g": call["g"].to(dtype)})
+    expected = [run(call) for call in calls]
+    for _ in range(40):
+        results = [run(call) for call in calls]
+    for result, first in zip(results, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(result, first, strict=True))
+
+
 @pytest.mark.parametrize("channels", [slice(0, 128), slice(5, 6)], ids=["all channels", "one channel"])
 def test_a_stretch_that_remembers_is_found_wherever_it_lies(channels: slice) -> None:
     call = kernel_call(2048, H=12, HV=12, slow_heads=0)
