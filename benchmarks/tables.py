@@ -29,7 +29,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def source(record: dict[str, Any]) -> str:
     where = record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
-    return f"\n{where}, torch {record['torch']}, {record['date']}, commit {record['commit']}.\n"
+    earlier = sorted({row["commit"] for row in record["rows"] if "commit" in row})
+    note = f"; with a star, of an earlier run, {', '.join(earlier)}" if earlier else ""
+    return f"\n{where}, torch {record['torch']}, {record['date']}, commit {record['commit']}{note}.\n"
 
 
 def decode() -> str:
@@ -82,7 +84,8 @@ def prefill() -> str:
     for regime in next(iter(cells.values())):
         header += [f"{regime} gates, us", "over the floor", "fastest peer, us"]
     for shape, regimes in cells.items():
-        line = [shape, f"{next(iter(regimes.values()))['flashkda_ops']['floor_us']:.1f}"]
+        first = next(iter(regimes.values()))["flashkda_ops"]
+        line = [shape + "*" * ("commit" in first), f"{first['floor_us']:.1f}"]
         for impls in regimes.values():
             us = {impl: row.get("graph_us", row["eager_us"]) for impl, row in impls.items()}
             ours, peers = us["flashkda_ops"], [impl for impl in us if not impl.startswith("flashkda_ops")]
