@@ -53,7 +53,7 @@ class Plan:
 CPU_PLAN = Plan(Config(hidden_size=128, num_layers=2, num_heads=4, head_dim=32, sequences=4), 1024, 16, 400, 4e-3, 200)
 GPU_PLAN = Plan(
     Config(hidden_size=512, num_layers=4, num_heads=4, head_dim=128, sequences=64, dtype=torch.bfloat16),
-    8192, 64, 150, 2e-3, 400,
+    8192, 64, 150, 1e-3, 400,
 )  # fmt: skip
 
 

@@ -91,8 +91,8 @@ def count(heads: int, T: int, shortest: int = SHORTEST, *, packed: bool) -> int:
 # Where maps cost less than they save (docs/kernel_notes.md): not with fewer tokens a segment, nor in shorter calls, nor
 # with more heads.
 _SHORTEST_OF_CALL, _LEAST_TOKENS, _MOST_HEADS = 4096, 32768, 16
-# Dense calls have gradients beside their scans, which segments do not: these pay in longer calls, and where scans may be
-# clusters, with so many tokens a head and while that many heads leave most of a GPU idle.
+# Dense calls have gradients beside their scans, which segments do not: these pay in longer calls, and where scans may
+# be clusters, with so many tokens a head and while that many heads leave most of a GPU idle.
 _DENSE_TOKENS, _DENSE_TOKENS_A_HEAD, _DENSE_HEADS = 65536, 8192, 12
 
 
@@ -101,11 +101,11 @@ def of_call(s: Sizes, *, packed: bool, clusters: bool) -> int:
     shapes alone decide.
     """
     heads = s.N * s.HV
-    if heads > _MOST_HEADS or s.T < (_LEAST_TOKENS if packed else _DENSE_TOKENS):
-        return 1
-    if not packed and clusters and (heads > _DENSE_HEADS or s.T < heads * _DENSE_TOKENS_A_HEAD):
-        return 1
-    return count(heads, s.T, _SHORTEST_OF_CALL, packed=packed)
+    most_heads, tokens = _MOST_HEADS, _LEAST_TOKENS if packed else _DENSE_TOKENS
+    if clusters and not packed:
+        most_heads, tokens = _DENSE_HEADS, max(tokens, heads * _DENSE_TOKENS_A_HEAD)
+    pays = heads <= most_heads and tokens <= s.T
+    return count(heads, s.T, _SHORTEST_OF_CALL, packed=packed) if pays else 1
 
 
 class Gates(NamedTuple):
