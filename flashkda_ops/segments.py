@@ -166,7 +166,10 @@ class _Dense:
         self.first, self.last = rank == 0, rank == ranks - 1
         self.cu_seqlens = None
         if segments > 1:  # of the rows behind each other
-            self.cu_seqlens = torch.arange(self.spans * segments + 1, device=q.device) * T // segments
+            if T > 0 and T % segments == 0:
+                self.cu_seqlens = torch.arange(0, self.spans * T + 1, T // segments, device=q.device)
+            else:
+                self.cu_seqlens = torch.arange(self.spans * segments + 1, device=q.device) * T // segments
 
     def tokens(self, x: Tensor) -> Tensor:
         return x if self.cu_seqlens is None or self.spans == 1 else x.flatten(0, 1).unsqueeze(0)

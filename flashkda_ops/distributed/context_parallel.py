@@ -84,7 +84,7 @@ def _incoming(own: Tensor, axes: _Axes, *, reverse: bool = False) -> Tensor:
 
     One all-gather for each dimension of the mesh, the innermost first: a row of ranks acts as one map on the next.
     """
-    S = torch.zeros_like(own[..., own.shape[-2] :])
+    K = own.shape[-2]
     before: list[Tensor] = []  # maps from the start of a row to this rank, innermost row first
     for i, axis in enumerate(reversed(axes)):
         maps = _all_gather(own, axis).movedim(0, -3)
@@ -93,7 +93,11 @@ def _incoming(own: Tensor, axes: _Axes, *, reverse: bool = False) -> Tensor:
             before.append(segments.composed(maps[..., :rank, :, :]))
         if i + 1 < len(axes):
             own = segments.composed(maps)
-    for map in reversed(before):
+    if not before:
+        return torch.zeros_like(own[..., K:])
+    *later, first = before
+    S = first[..., K:]
+    for map in reversed(later):
         S = segments.applied(map, S)
     return S
 
