@@ -23,8 +23,8 @@ _MOST = 1024
 class Plan(NamedTuple):
     """Of a valid call: its sizes, its options, and what to launch where the kernels serve it.
 
-    ``segments``: in how many the kernels take it, where sequences need not be left whole, as scans may be clusters of
-    blocks or not. ``padded``: the kernels serve it with more channels, of zeros.
+    ``segments``: in how many the kernels take it, where sequences need not be left whole: without clusters of scans,
+    and with. ``padded``: the kernels serve it with more channels, of zeros.
     """
 
     sizes: Sizes
@@ -86,5 +86,5 @@ def _make(call: _Call) -> Plan:
         return Plan(sizes, options, None, (1, 1), padded)
     kernel = cuda.chunk_plan(*call[:9], options, call.state_v_first)
     packed = call.cu_seqlens is not None
-    whole, clusters = (segments.of_call(sizes, packed=packed, clusters=clusters) for clusters in (False, True))
-    return Plan(sizes, options, kernel, (whole, clusters))
+    without, with_clusters = (segments.of_call(sizes, packed=packed, clusters=clusters) for clusters in (False, True))
+    return Plan(sizes, options, kernel, (without, with_clusters))
