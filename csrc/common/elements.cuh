@@ -24,12 +24,16 @@ __device__ __forceinline__ void unpack(float (&x)[8], const uint32_t* bits, __nv
   }
 }
 
+__device__ __forceinline__ float2 unpack_fp16(uint32_t bits) {
+  __half2 pair;
+  memcpy(&pair, &bits, sizeof(bits));
+  return __half22float2(pair);
+}
+
 __device__ __forceinline__ void unpack(float (&x)[8], const uint32_t* bits, __half) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    __half2 pair;
-    memcpy(&pair, &bits[i], 4);
-    const float2 f = __half22float2(pair);
+    const float2 f = unpack_fp16(bits[i]);
     x[2 * i] = f.x;
     x[2 * i + 1] = f.y;
   }

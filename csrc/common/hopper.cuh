@@ -192,12 +192,6 @@ __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
   return x;
 }
 
-__device__ __forceinline__ float2 unpack_fp16(uint32_t x) {
-  __half2 pair;
-  memcpy(&pair, &x, sizeof(x));
-  return __half22float2(pair);
-}
-
 // ---- matrix products of a warp: D[16 x 8] = A[16 x 16] B[16 x 8] + C, fp32 accumulators
 
 __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

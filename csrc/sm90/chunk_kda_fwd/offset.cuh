@@ -3,11 +3,9 @@
 // Who reads it holds 16 rows of S' a warp: a warp's vector of a tile is what its threads hold of it, in order of lanes.
 #pragma once
 
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstring>
-
+#include "common/elements.cuh"
 #include "common/hopper.cuh"
 #include "sm90/chunk_kda_fwd/config.h"
 
