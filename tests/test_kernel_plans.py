@@ -146,7 +146,7 @@ def test_every_plan_covers_the_call_and_fits(plans: Plans) -> None:
         assert (p["cut"] == WHOLE) == (p["segments"] == 1) and not (packed and p["segments"] > 1)
         assert (p["transition_grid"] > 0) == (p["cut"] == MAPS_AHEAD)
         if not packed:  # R and B of each segment but the last, at most a tenth of q, k, v and g
-            maps = heads * (p["segments"] - 1) * (2 * 2 * 128 * 128 + 4 * 8)
+            maps = heads * (p["segments"] - 1) * (2 * 2 * 128 * 128 + 8 * 512)
             assert maps <= heads * chunks * CHUNK * 4 * 128 * 2 / 10 and maps <= p["bytes"]
         if p["cut"] == MAPS_FIRST:  # an item a block, which wait for each other
             assert p["scans"] == 1 and p["grid"] == blocks

@@ -83,6 +83,16 @@ def test_blocks_that_give_up_wait_for_no_bytes_twice(dtype: torch.dtype) -> None
         assert all(torch.equal(a, b) for a, b in zip(result, first, strict=True))
 
 
+def test_channels_of_values_of_any_size_go_through_segments() -> None:
+    call = kernel_call(2048, H=12, HV=12, slow_heads=12, initial_state=False)
+    sizes = torch.exp2(torch.arange(128, device="cuda") % 49 - 24)  # powers of two: results scale with them
+    expected, state = run(call)
+    for result, exact in zip(
+        run(call | {"v": call["v"] * sizes.bfloat16()}), (expected * sizes, state * sizes), strict=True
+    ):
+        assert torch.equal(result.float(), exact.float())
+
+
 @pytest.mark.parametrize("channels", [slice(0, 128), slice(5, 6)], ids=["all channels", "one channel"])
 def test_a_stretch_that_remembers_is_found_wherever_it_lies(channels: slice) -> None:
     call = kernel_call(2048, H=12, HV=12, slow_heads=0)

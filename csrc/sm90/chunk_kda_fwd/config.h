@@ -28,7 +28,7 @@ constexpr float kForgotten = 5.9604644775390625e-8f;  // 2^-24
 // multiplies with it: byte of (j, c): j / 64 * 16384 + c / 64 * 8192 + j % 64 * 128 + ((c % 64 / 8) ^ (j % 8)) * 16 + c
 // % 8 * 2. B is as offset.cuh has it.
 constexpr int kMapBytes = 2 * kHeadDim * kHeadDim;
-constexpr int kOffsetBytes = 2 * kHeadDim * kHeadDim + kHeadDim / 16 * 4;
+constexpr int kOffsetBytes = 2 * kHeadDim * kHeadDim + kHeadDim / 16 * 512;
 
 // The workspace of a call in segments. Indices of heads run over [sequences][value_heads], those of segments over all
 // but the last.
