@@ -251,7 +251,7 @@ def test_only_dense_calls_of_few_heads_take_memory_for_segments() -> None:
 @pytest.mark.parametrize("heads", [1, 4, 12, 16, 32, 48, 66])
 @pytest.mark.parametrize("T", [17, 512, 2048, 8192, 131072, 2**20])
 def test_the_maps_of_a_call_take_a_tenth_of_its_tokens_at_most(T: int, heads: int) -> None:
-    map_bytes = 2 * 128 * 128 + (2 * 128 * 128 + 4 * 8) + 8  # R, B with its scales, two words
+    map_bytes = 2 * 128 * 128 + (2 * 128 * 128 + 8 * 512) + 8  # R, B with its exponents, two words
     size = forward_workspace(T, heads)
     maps, rest = divmod(size, map_bytes)
     assert rest == 0 or rest == -maps * map_bytes % 16 + share_words(heads)

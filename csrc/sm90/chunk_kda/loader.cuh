@@ -96,15 +96,9 @@ struct Loader {
     }
   }
 
-  // A stage of an item that has no chunk. Its transform warp is done with it at once and waits for the bytes of another
-  // stage, where it would take those before the last for the last: those have to have come.
+  // A stage of an item that has no chunk.
   __device__ __forceinline__ void skip() {
     pace();
-    if constexpr (L::kTransformWarps < L::kStages) {
-      Cursor<L::kStages> next = cursor;
-      next.advance(L::kTransformWarps);
-      mbarrier_wait(barriers.full(next.stage), next.parity ^ 1);
-    }
     mbarrier_arrive(barriers.full(cursor.stage));
     cursor.advance(1);
   }

@@ -194,7 +194,7 @@ constexpr float kLowestLogDecay = -10.f;
 // Barriers of a stage, with who arrives and who waits:
 //   full   the loader's thread and TMA's bytes        -> the transform warp
 //   ready  the transform warp, every lane             -> scan warps
-//   empty  the scan warps, every lane                 -> the loader
+//   empty  the scan warps, every lane                 -> the loader, and the transform warp that is next
 // One lane could arrive for its warp behind a __syncwarp; every lane arriving costs no time, and race detectors follow
 // it.
 struct Barriers {

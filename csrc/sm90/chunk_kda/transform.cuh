@@ -88,6 +88,9 @@ __device__ void transform(const ChunkKdaParams& p, uint32_t shared, uint32_t bia
   for (;; cursor.advance(L::kTransformWarps)) {
     const uint32_t stage = shared + cursor.stage * L::kStageBytes;
     const uint32_t factors = shared + L::kFactors + cursor.stage * kFactorBytes;
+    // A warp may be here before the bytes that this stage had last, which another warp waits for: by their parity alone
+    // it would take those for its own. So not before the scan is done with those, as the loader.
+    mbarrier_wait(barriers.empty(cursor.stage), cursor.parity ^ 1);
     mbarrier_wait(barriers.full(cursor.stage), cursor.parity);
     const uint4 where = load_shared<uint4>(factors + kChunkInfoOffset);
     const int left = load_shared<int>(factors + kChunkInfoOffset + offsetof(ChunkInfo, left));

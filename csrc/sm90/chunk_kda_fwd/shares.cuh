@@ -10,8 +10,6 @@
 #include <cuda_runtime.h>
 #include <cutlass/arch/barrier.h>
 
-#include <algorithm>
-
 #include "common/hopper.cuh"
 #include "sm90/chunk_kda/loader.cuh"
 #include "sm90/chunk_kda/pipeline.cuh"
@@ -96,13 +94,8 @@ __device__ __forceinline__ Run make_run(const Arguments& arguments, const Piece&
   return run;
 }
 
-// A transform warp that gives a chunk up waits at once for a stage kTransformWarps on. Were the bytes that this stage
-// had before still to come, it would take them for the next ones, by their parity; so that many are never in flight.
 template <typename L>
-using ShareLoader = Loader<L, std::min(4, L::kStages - L::kTransformWarps)>;
-
-template <typename L>
-__device__ __forceinline__ void issue_chunk(const Arguments& arguments, ShareLoader<L>& loader, const Run& run,
+__device__ __forceinline__ void issue_chunk(const Arguments& arguments, PrefillLoader<L>& loader, const Run& run,
                                             int chunk) {
   const Item& item = run.item;
   loader.issue({&arguments.q, &arguments.k, &arguments.v, &arguments.g}, item.batch, item.begin + chunk * kChunk,
@@ -118,7 +111,7 @@ template <typename L>
 __device__ __forceinline__ int issue_first(const Arguments& arguments, const Block<L>& block) {
   if (arguments.p.cu_seqlens || arguments.p.pool.states) return 0;
   const Run run = make_run(arguments, read_piece(arguments));
-  ShareLoader<L> loader{block.shared, block.infos(), block.barriers};
+  PrefillLoader<L> loader{block.shared, block.infos(), block.barriers};
   const int count = min(run.chunks, kIssuedFirst);
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
@@ -132,7 +125,7 @@ template <typename L>
 __device__ void load_share(const Arguments& arguments, const Block<L>& block, int issued) {
   const ChunkKdaFwdParams& p = arguments.p;
   const Attempt attempt = attempt_of<L>(block.shared);
-  ShareLoader<L> loader{block.shared, block.infos(), block.barriers};
+  PrefillLoader<L> loader{block.shared, block.infos(), block.barriers};
   loader.count = issued;
   const Maps maps{&arguments.q, &arguments.k, &arguments.v, &arguments.g};
   if (issued == 0) prefetch(maps);
