@@ -51,7 +51,7 @@ struct MapRing {
 };
 
 // The state that enters `segment`, which is not the first one. `column`: of V, this warp's first. S goes through in
-// fp16, each row divided by a power of two above its entries: its error and R's are 2^-12 of an entry.
+// fp16, each row divided by a power of two above its entries: its error and R's are 2^-11 of an entry.
 template <typename L>
 __device__ __forceinline__ void enter_segment(float (&state)[2][32], uint32_t (&copy)[32], const Arguments& arguments,
                                               MapRing& ring, int64_t head, int segment, int column, int pair) {
