@@ -1,7 +1,7 @@
 // B of a segment's map (transition.cuh) in memory, in fp16: each row of S', in each tile of 16 channels, divided by a
-// power of two that brings its entries below 4. So its error is 2^-11 of an entry, as that of R and of the state that R
-// is multiplied with. Who reads it holds 16 rows of S' a warp: a warp's vector of a tile is what its threads hold of it,
-// in order of lanes.
+// power of two that brings its entries below 4. So its error is 2^-11 of an entry at most, as that of R and of the
+// state that R is multiplied with. Who reads it holds 16 rows of S' a warp: a warp's vector of a tile is what its
+// threads hold of it, in order of lanes.
 #pragma once
 
 #include <cuda_runtime.h>
