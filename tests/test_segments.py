@@ -123,9 +123,10 @@ def test_the_kernels_in_segments_are_as_close(options: dict[str, Any]) -> None:
     expected = chunk_kda_backward.op(*a._replace(batch_invariant=True))
     results = chunk_kda_backward.op(*a)
     again = chunk_kda_backward.op(*a)
+    # Not each: where segments forget, what comes back to one is what it is in a whole sequence.
+    assert not all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
     for name, x, y, z in zip(DIFFERENTIABLE, results, expected, again, strict=True):
         assert torch.equal(x, z), name
-        assert not torch.equal(x, y), name
         if name != "A_log":
             assert error(x, y) < 1e-2, name
     # A_log's is a sum over all tokens and channels, which may cancel: it is to be that of the gradients checked above.
