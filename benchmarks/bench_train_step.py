@@ -2,13 +2,15 @@
 graph whose ``cu_seqlens`` change at every replay; beside the same model around fla's eager layer.
 
 The model, sizes and data are those of ``examples/train_and_generate.py``. First every variant trains for ``--steps``
-steps from the same weights on the same batches, and its loss curve is held against that of the eager kernels, as means
-of 50 steps: 1e-3 captured, 2e-2 for the portable path. Compiled, Inductor rounds bf16 intermediates in other places
-than eager does, and training amplifies that, whatever the ops: about as far as an eager curve moves from weights of
-which one is an ulp off. So the compiled kernels are held to 1e-3 where all activations but the op's are fp32. Then the
-speeds are taken, variants alternating, of all but the portable path and those that are here for their curves.
+steps from the same weights on the same batches, once with each learning rate, and its loss curve is held against that
+of the eager kernels, as means of 50 steps: 1e-3 captured and compiled, 2e-2 for the portable path. Compiled, Inductor
+rounds bf16 intermediates in other places than eager does, and training amplifies any rounding, the more the higher the
+learning rate, whatever the ops. So the compiled step is held to 1e-3 with those rates with which the eager curve itself
+stays within half of that when one of its weights is an ulp off. Then the speeds are taken, variants alternating, of
+all but the portable path and the one that is here for its curve.
 
     python benchmarks/bench_train_step.py [--impls flashkda_ops "flashkda_ops (captured)"] [--steps 300]
+                                          [--lr 1e-3 1e-4]
 
 fla's autotuner takes minutes.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice
@@ -34,26 +36,30 @@ from flashkda_ops.ops import plans
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from kda_lm import Config, KdaLM, Sequences
-from train_and_generate import GPU_PLAN, Batch, CapturedStep, make_train_step, packed, schedule, standard_library
+from train_and_generate import (
+    GPU_PLAN,
+    Batch,
+    CapturedStep,
+    Moments,
+    make_train_step,
+    packed,
+    schedule,
+    standard_library,
+)
 
 DEVICE = torch.device("cuda")
 STEPS_PER_SAMPLE = 10
 CURVE_WINDOW = 50
-AN_ULP_OFF, PORTABLE, FP32 = "an ulp off", "portable", "fp32 activations"
-NO_LIMIT = float("inf")
+AN_ULP_OFF, PORTABLE = "flashkda_ops (an ulp off)", "flashkda_ops (portable)"
 CURVE_LIMITS = {
-    f"flashkda_ops ({AN_ULP_OFF})": NO_LIMIT,
-    "flashkda_ops (compiled)": NO_LIMIT,
+    AN_ULP_OFF: float("inf"),
     "flashkda_ops (captured)": 1e-3,
-    "flashkda_ops (compiled, captured)": NO_LIMIT,
-    f"flashkda_ops ({PORTABLE})": 2e-2,
-    f"flashkda_ops ({FP32})": NO_LIMIT,
-    f"flashkda_ops ({FP32}, {AN_ULP_OFF})": NO_LIMIT,
-    f"flashkda_ops ({FP32}, compiled)": 1e-3,
-    f"flashkda_ops ({FP32}, captured)": 1e-3,
-    f"flashkda_ops ({FP32}, compiled, captured)": 1e-3,
+    "flashkda_ops (compiled)": 1e-3,
+    "flashkda_ops (compiled, captured)": 1e-3,
+    PORTABLE: 2e-2,
 }
 IMPLS = ("flashkda_ops", *CURVE_LIMITS, "fla")
+LEARNING_RATES = (GPU_PLAN.lr, 3e-4, 1e-4)
 
 Step = Callable[..., Tensor]
 
@@ -85,7 +91,7 @@ def without_empty_sequences(batch: Batch) -> Batch:
 @contextmanager
 def on_path(impl: str) -> Iterator[None]:
     """Where the calls of ``impl`` run: ops taken to the portable path for the comparison, or as they are."""
-    if PORTABLE not in impl:
+    if impl != PORTABLE:
         yield
         return
     plans.clear()
@@ -94,92 +100,116 @@ def on_path(impl: str) -> Iterator[None]:
     plans.clear()
 
 
-def make_step(impl: str) -> Step:
-    torch.manual_seed(0)
-    config = GPU_PLAN.model
-    if FP32 in impl:
-        config = replace(config, dtype=torch.float32, op_dtype=config.dtype)
-    with DEVICE:
-        model = KdaLM(config)
-        if impl == "fla":
-            for block in model.layers:
-                block.attn = FlaAttention(config)
+class Training:
+    """A variant's model, and its step. What has been compiled and captured serves every run."""
 
-    if AN_ULP_OFF in impl:
-        with torch.no_grad():  # an ulp of the activations, in which the model computes
-            next(model.layers.parameters()).view(-1)[0].mul_(1 + torch.finfo(config.dtype).eps)
+    def __init__(self, impl: str) -> None:
+        torch.manual_seed(0)
+        config = GPU_PLAN.model
+        with DEVICE:
+            self.model = KdaLM(config)
+            if impl == "fla":
+                for block in self.model.layers:
+                    block.attn = FlaAttention(config)
+        if impl == AN_ULP_OFF:
+            with torch.no_grad():  # an ulp of the activations, in which the model computes
+                next(self.model.layers.parameters()).view(-1)[0].mul_(1 + torch.finfo(config.dtype).eps)
+        self.moments = Moments.of(self.model)
+        self._parameters = [p.detach().clone() for p in self.model.parameters()]
+        self._captures = "captured" in impl or impl == AN_ULP_OFF
 
-    def compile(fn: Step) -> Step:
-        return torch.compile(fn, fullgraph=True, dynamic=False) if "compiled" in impl else fn
+        def compile(fn: Step) -> Step:
+            return torch.compile(fn, fullgraph=True, dynamic=False) if "compiled" in impl else fn
 
-    return make_train_step(model, compile)
+        self.step = make_train_step(self.model, self.moments, compile)
+
+    def start_anew(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), self._parameters)
+        for moments in self.moments:
+            torch._foreach_zero_(moments)
+
+    def losses(self, inputs: list[tuple[Tensor, ...]]) -> list[float]:
+        """Of a run from its first weights."""
+        if self._captures and not isinstance(self.step, CapturedStep):
+            self.step(*inputs[0])
+            self.step = CapturedStep(self.step, *inputs[0])
+        self.start_anew()
+        return [float(loss) for loss in [self.step(*x) for x in inputs]]
 
 
-def train(impl: str, inputs: Iterator[tuple[Tensor, ...]]) -> tuple[Step, list[float]]:
-    """The step after it has consumed the inputs, and the losses."""
-    first = next(inputs)
-    step = make_step(impl)
-    losses = [step(*first)]
-    if "captured" in impl:
-        step = CapturedStep(step, *first)
-    losses += [step(*x) for x in inputs]
-    return step, [float(loss) for loss in losses]
+def greatest_difference(a: list[float], b: list[float]) -> float:
+    """Of the means of every 50 steps of two loss curves."""
+    starts = range(0, len(a), CURVE_WINDOW)
+    return max(abs(fmean(a[i : i + CURVE_WINDOW]) - fmean(b[i : i + CURVE_WINDOW])) for i in starts)
 
 
-def greatest_difference(a: list[float], b: list[float], window: int) -> float:
-    """Of the means of every ``window`` steps of two loss curves."""
-    starts = range(0, len(a), window)
-    return max(abs(fmean(a[i : i + window]) - fmean(b[i : i + window])) for i in starts)
+def too_far(rates: Sequence[float], differences: dict[str, list[float]]) -> list[str]:
+    """Curves further than their limit from the eager one, by the learning rates."""
+    ulp = differences.get(AN_ULP_OFF, [0.0] * len(rates))
+    found = []
+    for impl, values in differences.items():
+        limit = CURVE_LIMITS[impl]
+        steady = [2 * x <= limit for x in ulp] if "compiled" in impl else [True] * len(rates)
+        if not any(steady):
+            found.append(f"{impl}: no learning rate with which an ulp moves the curve by less than {limit / 2:.0e}")
+        found += [
+            f"{impl}, learning rate {lr:.0e}: {x:.1e}, at most {limit:.0e}"
+            for lr, x, held in zip(rates, values, steady, strict=True)
+            if held and not x <= limit
+        ]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The demo's train step")
     parser.add_argument("--impls", nargs="+", default=IMPLS, choices=IMPLS, metavar="IMPL", help=", ".join(IMPLS))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", nargs="+", type=float, default=LEARNING_RATES, metavar="LR", help="the schedule's peak")
     args = parser.parse_args()
     if reason := cuda.device_reason(torch.device(DEVICE.type, 0)):
         sys.exit(f"flashkda_ops has no kernels here: {reason}")
 
-    plan = replace(GPU_PLAN, steps=args.steps)
+    plans_by_rate = {lr: replace(GPU_PLAN, steps=args.steps, lr=lr) for lr in args.lr}
+    plan = plans_by_rate[args.lr[0]]
     batches = list(islice(packed(standard_library()[0], plan, DEVICE, seed=0), plan.steps))
-    scalars = [torch.tensor([schedule(i, plan), i + 1.0], device=DEVICE).unbind() for i in range(plan.steps)]
-    inputs = {"fla": [(*without_empty_sequences(batch), *x) for batch, x in zip(batches, scalars, strict=True)]}
-    ours = [(*batch, *x) for batch, x in zip(batches, scalars, strict=True)]
+
+    def inputs(impl: str, lr: float) -> list[tuple[Tensor, ...]]:
+        """Of each step: the batch, the learning rate and the number of the step."""
+        found = map(without_empty_sequences, batches) if impl == "fla" else batches
+        rates = [torch.tensor([schedule(i, plans_by_rate[lr]), i + 1.0], device=DEVICE) for i in range(plan.steps)]
+        return [(*batch, *x.unbind()) for batch, x in zip(found, rates, strict=True)]
 
     rows: dict[str, dict[str, object]] = {}
     samples: dict[str, Callable[[], None]] = {}
-    curves: dict[str, list[float]] = {}
-    apart: list[str] = []
+    curves: dict[str, list[list[float]]] = {}
+    differences: dict[str, list[float]] = {}
     for impl in args.impls:
+        training = Training(impl)
         with on_path(impl):
-            step, curves[impl] = train(impl, iter(inputs.get(impl, ours)))
-        rows[impl] = {"impl": impl, "first_loss": curves[impl][0], "last_loss": curves[impl][-1]}
-        more = cycle(inputs.get(impl, ours))
+            curves[impl] = [training.losses(inputs(impl, lr)) for lr in args.lr]
+        rows[impl] = {"impl": impl, "lr": args.lr, "last_loss": [fmean(x[-CURVE_WINDOW:]) for x in curves[impl]]}
+        print(f"{impl:42} loss " + " ".join(f"{x:.4f}" for x in rows[impl]["last_loss"]), flush=True)
+        if impl in CURVE_LIMITS and "flashkda_ops" in curves:
+            pairs = zip(curves[impl], curves["flashkda_ops"], strict=True)
+            differences[impl] = rows[impl]["loss_difference"] = [greatest_difference(*pair) for pair in pairs]
+            print(f"{'':42} within " + " ".join(f"{x:.1e}" for x in differences[impl]), flush=True)
+        more = cycle(inputs(impl, args.lr[-1]))
 
-        def sample(step: Step = step, more: Iterator[tuple[Tensor, ...]] = more) -> None:
+        def sample(step: Step = training.step, more: Iterator[tuple[Tensor, ...]] = more) -> None:
             for x in islice(more, STEPS_PER_SAMPLE):
                 step(*x)
             torch.cuda.synchronize()
 
-        if not any(word in impl for word in (AN_ULP_OFF, PORTABLE, FP32)):
+        if impl not in (AN_ULP_OFF, PORTABLE):
             samples[impl] = sample
-        print(f"{impl:42} loss {curves[impl][0]:.4f} to {curves[impl][-1]:.4f}", flush=True)
-        eager = f"flashkda_ops ({FP32})" if FP32 in impl else "flashkda_ops"
-        if impl in CURVE_LIMITS and impl != eager and eager in curves:
-            of_means, of_steps = (
-                greatest_difference(curves[impl], curves[eager], window) for window in (CURVE_WINDOW, 1)
-            )
-            rows[impl] |= {"loss_difference": of_means, "loss_difference_at_a_step": of_steps}
-            print(f"{'':42} within {of_means:.1e} of eager's curve, a step within {of_steps:.1e}", flush=True)
-            if not of_means <= CURVE_LIMITS[impl]:
-                apart.append(f"{impl}: {of_means:.1e}, at most {CURVE_LIMITS[impl]:.0e}")
 
     for impl, (us, spread) in cpu_us(samples, runs=20).items():
         speed = STEPS_PER_SAMPLE * plan.tokens_per_step / us * 1e6
         rows[impl] |= {"step_us": round(us / STEPS_PER_SAMPLE, 1), "tokens_s": round(speed), "spread": round(spread, 4)}
         print(f"{impl:42} {us / STEPS_PER_SAMPLE:9.0f} us a step, {speed:12,.0f} tokens/s")
     print(write("train_step", list(rows.values()), peers={"fla": version("fla-core")}))
-    if apart:
+    if apart := too_far(args.lr, differences):
         sys.exit("loss curves apart: " + "; ".join(apart))
 
 

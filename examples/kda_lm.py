@@ -23,10 +23,7 @@ IGNORE = -100  # the target of a row that holds no token
 
 @dataclass(frozen=True)
 class Config:
-    """The model's sizes. ``sequences`` is the rows of the state pools; ``dtype`` that of the activations.
-
-    ``op_dtype`` is that of what the ops take; None for the same.
-    """
+    """The model's sizes. ``sequences`` is the rows of the state pools; ``dtype`` that of the activations."""
 
     hidden_size: int
     num_layers: int
@@ -35,7 +32,6 @@ class Config:
     sequences: int
     dtype: torch.dtype = torch.float32
     conv_size: int = 4
-    op_dtype: torch.dtype | None = None
 
 
 class Sequences(NamedTuple):
@@ -141,7 +137,6 @@ class KimiDeltaAttention(nn.Module):
         super().__init__()
         D, H, K = config.hidden_size, config.num_heads, config.head_dim
         self.head_dim = K
-        self.op_dtype = config.op_dtype or config.dtype
         self.qkv_proj = Linear(D, 3 * H * K)
         self.qkv_conv1d = ShortConvolution(3 * H * K, config)
         self.f_proj = nn.Sequential(Linear(D, K), Linear(K, H * K))  # the gate of the state, low rank
@@ -162,7 +157,7 @@ class KimiDeltaAttention(nn.Module):
         # Views, strided as the fused projection: the ops read them where they lie.
         q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         g = self.f_proj(x).unflatten(-1, (-1, self.head_dim))
-        tokens = [t.to(self.op_dtype) for t in (q, k, v, g, self.b_proj(x))]
+        tokens = (q, k, v, g, self.b_proj(x))
         options = {
             "A_log": self.A_log,
             "dt_bias": self.dt_bias,
@@ -183,7 +178,6 @@ class KimiDeltaAttention(nn.Module):
                 *tokens, self.state_pool, s.state_indices, cu_seqlens=s.cu_seqlens,
                 has_initial_state=s.has_initial_state, **options,
             )  # fmt: skip
-        o = o.to(x.dtype)
         return self.o_proj((self.o_norm(o) * self.g_proj(x).view_as(o).sigmoid()).flatten(2))
 
 

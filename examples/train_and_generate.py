@@ -129,10 +129,20 @@ def adamw_(
         p.sub_(lr * (update + decay * p if p.dim() > 1 else update))
 
 
-def make_train_step(model: KdaLM, compile: Compile) -> Callable[..., Tensor]:
+class Moments(NamedTuple):
+    """AdamW's, of each parameter, which steps update: zero before the first."""
+
+    mean: list[Tensor]
+    square: list[Tensor]
+
+    @classmethod
+    def of(cls, model: KdaLM) -> Moments:
+        return cls(*([torch.zeros_like(p) for p in model.parameters()] for _ in range(2)))
+
+
+def make_train_step(model: KdaLM, moments: Moments, compile: Compile) -> Callable[..., Tensor]:
     """``(tokens, targets, cu_seqlens, lr, step) -> loss``, which updates the model's parameters."""
-    params = list(model.parameters())
-    mean, square = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    params, (mean, square) = list(model.parameters()), moments
     loss_fn, update = model.loss, adamw_
 
     def train_step(tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, lr: Tensor, step: Tensor) -> Tensor:
@@ -323,7 +333,7 @@ def train(model: KdaLM, plan: Plan, compile: Compile, seed: int, device: torch.d
         f"model  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {plan.model.num_layers} layers, "
         f"{plan.model.num_heads} heads of {plan.model.head_dim}, {plan.tokens_per_step} tokens a step"
     )
-    train_step = make_train_step(model, compile)
+    train_step = make_train_step(model, Moments.of(model), compile)
     eval_loss = torch.no_grad()(model.loss)  # eager: a few batches are done before another graph would have compiled
     streams = (packed(files, plan, device, seed=-1) for files in (train_files, held_out_files))
     eval_batches = [list(islice(stream, 8)) for stream in streams]

@@ -15,14 +15,14 @@ from torch import Tensor
 
 pytest.importorskip("matplotlib", reason="the example's plots")
 
-from train_and_generate import CapturedStep, Plan, make_train_step, packed
+from train_and_generate import CapturedStep, Moments, Plan, make_train_step, packed
 
 
 def test_a_captured_step_keeps_alive_what_its_graph_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
     model = KdaLM(Config(hidden_size=16, num_layers=1, num_heads=1, head_dim=8, sequences=1))
-    step = make_train_step(model, lambda function: function)
+    step = make_train_step(model, Moments.of(model), lambda function: function)
     model, parameter = None, weakref.ref(model.embeddings.weight)
     batch = torch.tensor([[1, 2]]), torch.tensor([[2, 3]]), torch.tensor([0, 2])
     step = CapturedStep(step, *batch, torch.tensor(0.1), torch.tensor(1.0))
@@ -40,7 +40,8 @@ def test_a_captured_step_has_the_losses_of_an_eager_one() -> None:
     def losses(capture: bool) -> list[Tensor]:
         torch.manual_seed(0)
         with torch.device("cuda"):
-            step = make_train_step(KdaLM(config), lambda function: function)
+            model = KdaLM(config)
+            step = make_train_step(model, Moments.of(model), lambda function: function)
         found = []
         for i, batch in enumerate(batches):
             inputs = (*batch, *torch.tensor([plan.lr, i + 1.0], device="cuda").unbind())
