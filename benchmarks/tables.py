@@ -181,13 +181,16 @@ def training() -> str:
 
 
 def train_step() -> str:
+    """A variant a row; how far its loss curve is from the eager one by learning rates."""
     record = load("train_step-h100")
+    rates = record["rows"][0]["lr"]
     rows = [
-        [row["impl"], *((f"{row['step_us']:.0f}", f"{row['tokens_s']:,}") if "step_us" in row else ("", ""))]
-        + [f"{row[key]:.1e}" if key in row else "" for key in ("loss_difference", "loss_difference_at_a_step")]
+        [row["impl"] + "*" * ("commit" in row)]
+        + ([f"{row['step_us']:.0f}", f"{row['tokens_s']:,}"] if "step_us" in row else ["", ""])
+        + ([f"{x:.1e}" for x in row["loss_difference"]] if "loss_difference" in row else [""] * len(rates))
         for row in record["rows"]
     ]
-    header = ["the demo's train step", "us", "tokens/s", "loss curve from eager's", "at a step"]
+    header = ["the demo's train step", "us", "tokens/s", *(f"loss from eager's, learning rate {x:.0e}" for x in rates)]
     return table(header, rows) + source(record)
 
 
