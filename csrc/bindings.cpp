@@ -18,6 +18,7 @@
 #include <string>
 #include <tuple>
 
+#include "layouts.h"
 #include "params.h"
 #include "sm90/chunk_kda_bwd/launch.h"
 #include "sm90/chunk_kda_fwd/launch.h"
@@ -285,6 +286,9 @@ PYBIND11_MODULE(_C, m) {
       .value("bounded", Gate::kBounded)
       .value("unbounded", Gate::kUnbounded);
 
+  py::class_<flashkda::Layouts>(m, "Layouts")
+      .def(py::init<const py::capsule&>(), "exchange"_a)
+      .def("__call__", &flashkda::Layouts::operator(), "tensors"_a);
   m.def("recurrent_kda_rows_per_warp", &flashkda::recurrent_kda::rows_per_warp, "sequences"_a, "value_heads"_a,
         "sm_count"_a);
   m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, "o"_a, "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a,

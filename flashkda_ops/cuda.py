@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -47,6 +47,31 @@ def _extension() -> Any:
     if extension is None:
         raise RuntimeError(f"flashkda_ops has no CUDA kernels: {status}")
     return extension
+
+
+@functools.cache
+def _layouts() -> Callable[[tuple[Tensor | None, ...]], bytes | None] | None:
+    """The extension's way to tell layouts, or None where it or this torch has none."""
+    extension, _ = _load()
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if extension is None or exchange is None:
+        return None
+    try:
+        return extension.Layouts(exchange)
+    except (TypeError, ValueError):  # of a torch that has another exchange under this name
+        return None
+
+
+def layouts(tensors: tuple[Tensor | None, ...]) -> Hashable:
+    """Equal for tensors of which all but the contents and the places are: what a plan depends on."""
+    read = _layouts()
+    found = None if read is None else read(tensors)
+    if found is not None:
+        return found
+    return tuple(
+        None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)  # alignment
+        for x in tensors
+    )
 
 
 @functools.cache
@@ -93,6 +118,10 @@ def may_use_clusters() -> bool:
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def _sequences(batch: int, cu_seqlens: Tensor | None) -> int:
@@ -412,7 +441,7 @@ def chunk_kda(
         _extension().chunk_kda_fwd,
         plan.device,
         plan.params,
-        [_address(x) for x in tensors],
+        _addresses(tensors),
         o.data_ptr(),
         _address(final_state),
         batch_invariant,
@@ -430,7 +459,7 @@ def chunk_kda_transition(plan: ChunkPlan, M: Tensor, B: Tensor, tensors: Sequenc
         _extension().chunk_kda_transition,
         plan.device,
         plan.params,
-        [_address(x) for x in tensors],
+        _addresses(tensors),
         M.data_ptr(),
         B.data_ptr(),
         _address(workspace),
@@ -476,7 +505,7 @@ def chunk_kda_paged(
         _extension().chunk_kda_paged,
         plan.device,
         plan.params,
-        [_address(x) for x in tensors],
+        _addresses(tensors),
         o.data_ptr(),
         state_pool.data_ptr(),
         _dtypes()[state_pool.dtype],
@@ -525,11 +554,11 @@ def chunk_kda_backward(
         _extension().chunk_kda_bwd,
         plan.device,
         plan.params,
-        [_address(x) for x in tensors],
+        _addresses(tensors),
         do.data_ptr(),
         strides,
         _address(dht),
-        [_address(x) for x in written],
+        _addresses(written),
         may_use_clusters(),
         workspace.data_ptr(),
     )

@@ -9,12 +9,21 @@ import torch
 from helpers import TOKENS, Call, kernel_call, make_call, requiring_grad
 from torch import Tensor
 
-from flashkda_ops import chunk_kda
+from flashkda_ops import chunk_kda, cuda
 from flashkda_ops.ops import plans
 
 
+@pytest.fixture(params=["the extension", "Python"])
+def teller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tells layouts."""
+    if request.param == "Python":
+        monkeypatch.setattr(cuda, "_layouts", lambda: None)
+    elif cuda._layouts() is None:
+        pytest.skip("no extension, or a torch without DLPack's C exchange")
+
+
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def made(teller: None, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for each plan that is made."""
     plans.clear()
     calls, make = [], plans._make
@@ -66,6 +75,32 @@ def test_a_call_that_differs_otherwise_has_its_own(change: str, made: list[objec
         chunk_kda(**call)
         assert torch.equal(chunk_kda(**changed)[0], expected)
     assert len(made) == 3
+
+
+def test_layouts_differ_in_all_but_contents_and_places(teller: None) -> None:
+    x = torch.zeros(4, 6, 8)
+    tensors: list[Tensor | None] = [
+        None, x[0, 0, 0], x[0, 0], x[0, :3, :2], x[:2, 0, :3], x[:0], x[:, :0], x, x.mT, x[1:], x[:, 1:],
+        x.flatten()[1:], x[0, 0].expand(4, 6, 8), x.int(), x.half(), x.bfloat16(), x.bool(), x.view(torch.complex64),
+        x.to("meta"),
+    ]  # fmt: skip
+    found = [cuda.layouts((y, None)) for y in tensors]
+    assert len(set(found)) == len(tensors) and cuda.layouts((None, x)) not in found
+    again = [cuda.layouts((None if y is None else y.detach(), None)) for y in tensors]
+    assert again == found
+    assert cuda.layouts((x, x)) == cuda.layouts((torch.ones_like(x), x.clone()))
+    grad = x.clone().requires_grad_()
+    assert cuda.layouts((grad, torch.nn.Parameter(x))) == cuda.layouts((x, x))
+
+
+def test_tensors_that_tell_no_layout_raise(teller: None) -> None:
+    with pytest.raises((AttributeError, TypeError)):
+        cuda.layouts((3,))  # type: ignore[arg-type]
+
+
+def test_more_dimensions_than_the_extension_takes_are_told_by_python() -> None:
+    many = torch.zeros([1] * 60)
+    assert cuda.layouts((many, many, many)) == cuda.layouts((many.clone(), many, many))
 
 
 def test_a_call_that_is_not_valid_is_never_planned(made: list[object]) -> None:

@@ -6,7 +6,7 @@ whether the kernels serve it, and what they are told but for addresses, takes lo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -62,13 +62,9 @@ def clear() -> None:
     _plans.clear()
 
 
-def plan(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Plan:
+def plan(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Plan:
     """The plan of a call, from the tensors and the options of ``_Call``. Raises a ValueError where it is not valid."""
-    facts = [
-        None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)  # alignment
-        for x in tensors
-    ]
-    key = (tuple(facts), options)
+    key = (cuda.layouts(tensors), options)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= _MOST:
