@@ -44,8 +44,9 @@ struct Exchange {
 class Layouts {
  public:
   explicit Layouts(const pybind11::capsule& exchange) {
+    const char* const name = exchange.name();
     const dlpack::Exchange* found = nullptr;
-    if (std::strcmp(exchange.name(), "dlpack_exchange_api") == 0) found = exchange.get_pointer<dlpack::Exchange>();
+    if (name && std::strcmp(name, "dlpack_exchange_api") == 0) found = exchange.get_pointer<dlpack::Exchange>();
     while (found && found->major > 1) found = found->older;
     if (!found || found->major != 1 || !found->from_object) throw std::invalid_argument("exchange: not DLPack's");
     from_object_ = found->from_object;

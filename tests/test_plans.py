@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -101,6 +102,19 @@ def test_tensors_that_tell_no_layout_raise(teller: None) -> None:
 def test_more_dimensions_than_the_extension_takes_are_told_by_python() -> None:
     many = torch.zeros([1] * 60)
     assert cuda.layouts((many, many, many)) == cuda.layouts((many.clone(), many, many))
+
+
+def test_another_exchange_than_dlpack_s_is_refused() -> None:
+    extension, _ = cuda._load()
+    if extension is None:
+        pytest.skip("no extension")
+    make = ctypes.pythonapi.PyCapsule_New
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    for name in (b"dltensor", None):
+        with pytest.raises(ValueError, match="exchange"):
+            extension.Layouts(make(1, name, None))
+    with pytest.raises(TypeError):
+        extension.Layouts(1)
 
 
 def test_a_call_that_is_not_valid_is_never_planned(made: list[object]) -> None:
