@@ -50,6 +50,16 @@ struct MapRing {
   }
 };
 
+// 2^-e for an x of [0, 2^e), but 2^59 at most: what is to be added to x is multiplied with it, too, and x may be zero.
+__device__ __forceinline__ float inverse_power_above(float x) {
+  const int exponent = min(max(__float_as_int(x) >> 23, 67), 251);
+  return __int_as_float((253 - exponent) << 23);
+}
+
+__device__ __forceinline__ float inverse_power(float power) {
+  return __int_as_float((254 << 23) - __float_as_int(power));
+}
+
 // The state that enters `segment`, which is not the first one. `column`: of V, this warp's first. S goes through in
 // fp16, each row divided by a power of two above its entries: its error and R's are 2^-11 of an entry.
 template <typename L>

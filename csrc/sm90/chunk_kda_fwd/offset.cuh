@@ -20,16 +20,6 @@ __host__ __device__ constexpr int offset_vector(int vector, int tile) { return (
 __host__ __device__ constexpr int offset_exponents(int vector) { return 2 * kHeadDim * kHeadDim + vector * 512; }
 static_assert(offset_exponents(kOffsetVectors) == kOffsetBytes);
 
-// 2^-e for an x of [0, 2^e), but 2^59 at most: what is to be added to x is multiplied with it, too, and x may be zero.
-__device__ __forceinline__ float inverse_power_above(float x) {
-  const int exponent = min(max(__float_as_int(x) >> 23, 67), 251);
-  return __int_as_float((253 - exponent) << 23);
-}
-
-__device__ __forceinline__ float inverse_power(float power) {
-  return __int_as_float((254 << 23) - __float_as_int(power));
-}
-
 // The upper halves of two floats: their signs, exponents and 7 bits.
 __device__ __forceinline__ uint32_t upper_halves(float low, float high) {
   return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
