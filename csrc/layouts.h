@@ -1,7 +1,7 @@
 // What a call's tensors are but for their addresses, as bytes to look its plan up by.
 //
 // Shapes, strides, dtypes and devices come by DLPack's C exchange (version 1), whose structures are repeated here: to
-// ask a tensor for its attributes one by one in Python takes several times as long. torch has it from 2.11 on.
+// ask a tensor for its attributes one by one in Python takes several times as long. Not every torch has it; 2.13 does.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -121,7 +121,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
+    return [_address(x) for x in tensors]
 
 
 def _sequences(batch: int, cu_seqlens: Tensor | None) -> int:
