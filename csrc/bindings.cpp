@@ -14,16 +14,18 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
 
-#include "layouts.h"
 #include "params.h"
 #include "sm90/chunk_kda_bwd/launch.h"
 #include "sm90/chunk_kda_fwd/launch.h"
 #include "sm90/recurrent_kda/config.h"
 #include "sm90/recurrent_kda/launch.h"
+#include "tensor_reader.h"
 
 namespace py = pybind11;
 
@@ -176,10 +178,14 @@ ChunkKdaParams chunk_kda_params(const Strides& q, const Strides& k, const Stride
   return p;
 }
 
-// Addresses of q, k, v, g, beta, A_log, dt_bias, initial_state and cu_seqlens.
-using Inputs = std::array<uintptr_t, 9>;
+// Addresses of q, k, v, g, beta, A_log, dt_bias, initial_state and cu_seqlens, as TensorReader has them.
+using Inputs = py::bytes;
 
-void set_addresses(ChunkKdaParams& p, const Inputs& inputs, uintptr_t workspace) {
+void set_addresses(ChunkKdaParams& p, const Inputs& addresses, uintptr_t workspace) {
+  std::array<uintptr_t, 9> inputs;
+  const std::string_view bytes = addresses;
+  if (bytes.size() != sizeof(inputs)) throw std::invalid_argument("inputs: expected nine addresses");
+  std::memcpy(inputs.data(), bytes.data(), sizeof(inputs));
   p.q = pointer(inputs[0]);
   p.k = pointer(inputs[1]);
   p.v = pointer(inputs[2]);
@@ -286,9 +292,9 @@ PYBIND11_MODULE(_C, m) {
       .value("bounded", Gate::kBounded)
       .value("unbounded", Gate::kUnbounded);
 
-  py::class_<flashkda::Layouts>(m, "Layouts")
-      .def(py::init<const py::capsule&>(), "exchange"_a)
-      .def("__call__", &flashkda::Layouts::operator(), "tensors"_a);
+  py::class_<flashkda::TensorReader>(m, "TensorReader")
+      .def(py::init<const py::capsule&, py::tuple>(), "exchange"_a, "types"_a)
+      .def("__call__", &flashkda::TensorReader::operator(), "tensors"_a);
   m.def("recurrent_kda_rows_per_warp", &flashkda::recurrent_kda::rows_per_warp, "sequences"_a, "value_heads"_a,
         "sm_count"_a);
   m.def("recurrent_kda_paged", &flashkda::recurrent_kda_paged, "o"_a, "q"_a, "k"_a, "v"_a, "g"_a, "beta"_a,

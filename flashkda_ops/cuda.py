@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import struct
 from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ def extension_status() -> tuple[bool, str]:
     return extension is not None, status
 
 
+@functools.cache
 def _extension() -> Any:
     extension, status = _load()
     if extension is None:
@@ -49,25 +51,43 @@ def _extension() -> Any:
     return extension
 
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+Reading = tuple[Hashable, bool, bytes]
+"""Of tensors: their layouts, whether any requires a gradient, and their addresses as the extension takes them."""
+
+
+def read(tensors: tuple[Tensor | None, ...]) -> Reading | None:
+    """What a call on plain tensors begins with, or None where one is more than storage, sizes and strides: of another
+    type, with a negation still to be done, left behind by a transform of ``torch.func``."""
+    return _reader()(tensors)
+
+
 @functools.cache
-def _layouts() -> Callable[[tuple[Tensor | None, ...]], bytes | None] | None:
-    """The extension's way to tell layouts, or None where it or this torch has none."""
+def _reader() -> Callable[[tuple[Tensor | None, ...]], Reading | None]:
+    """The extension's, which takes a third of the time, where this torch has what it reads tensors by."""
     extension, _ = _load()
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if extension is None or exchange is None:
-        return None
+        return _read
     try:
-        return extension.Layouts(exchange)
+        return extension.TensorReader(exchange, _PLAIN_TYPES)
     except (TypeError, ValueError):  # of a torch that has another exchange under this name
-        return None
+        return _read
 
 
-def layouts(tensors: tuple[Tensor | None, ...]) -> Hashable:
+def _read(tensors: tuple[Tensor | None, ...]) -> Reading | None:
+    requires_grad = False
+    for x in tensors:
+        if x is not None:
+            if type(x) not in _PLAIN_TYPES or x.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+                return None
+            requires_grad = requires_grad or x.requires_grad
+    return layouts(tensors), requires_grad, _packed_addresses(tensors)
+
+
+def layouts(tensors: Sequence[Tensor | None]) -> Hashable:
     """Equal for tensors of which all but the contents and the places are: what a plan depends on."""
-    read = _layouts()
-    found = None if read is None else read(tensors)
-    if found is not None:
-        return found
     return tuple(
         None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)  # alignment
         for x in tensors
@@ -122,6 +142,10 @@ def _address(x: Tensor | None) -> int:
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [_address(x) for x in tensors]
+
+
+def _packed_addresses(tensors: Sequence[Tensor | None]) -> bytes:
+    return struct.pack(f"{len(tensors)}Q", *_addresses(tensors))
 
 
 def _sequences(batch: int, cu_seqlens: Tensor | None) -> int:
@@ -430,18 +454,29 @@ def _readable(plan: ChunkPlan, tensors: Sequence[Tensor | None]) -> Sequence[Ten
 
 
 def chunk_kda(
-    plan: ChunkPlan, o: Tensor, final_state: Tensor | None, tensors: Sequence[Tensor | None], *, batch_invariant: bool
+    plan: ChunkPlan,
+    o: Tensor,
+    final_state: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    *,
+    batch_invariant: bool,
+    addresses: bytes | None = None,
 ) -> None:
-    """Launches the prefill kernel on the current stream; writes o and final_state, both dense."""
-    # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
-    tensors = _readable(plan, tensors)
+    """Launches the prefill kernel on the current stream; writes o and final_state, both dense.
+
+    addresses: those of the tensors, where they have been read.
+    """
+    if plan.copies or addresses is None:
+        # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
+        tensors = _readable(plan, tensors)
+        addresses = _packed_addresses(tensors)
     size = plan.forward_workspace[batch_invariant]
     workspace = o.new_empty(size, dtype=torch.uint8) if size else None
     _launch(
         _extension().chunk_kda_fwd,
         plan.device,
         plan.params,
-        _addresses(tensors),
+        addresses,
         o.data_ptr(),
         _address(final_state),
         batch_invariant,
@@ -459,7 +494,7 @@ def chunk_kda_transition(plan: ChunkPlan, M: Tensor, B: Tensor, tensors: Sequenc
         _extension().chunk_kda_transition,
         plan.device,
         plan.params,
-        _addresses(tensors),
+        _packed_addresses(tensors),
         M.data_ptr(),
         B.data_ptr(),
         _address(workspace),
@@ -505,7 +540,7 @@ def chunk_kda_paged(
         _extension().chunk_kda_paged,
         plan.device,
         plan.params,
-        _addresses(tensors),
+        _packed_addresses(tensors),
         o.data_ptr(),
         state_pool.data_ptr(),
         _dtypes()[state_pool.dtype],
@@ -554,7 +589,7 @@ def chunk_kda_backward(
         _extension().chunk_kda_bwd,
         plan.device,
         plan.params,
-        _addresses(tensors),
+        _packed_addresses(tensors),
         do.data_ptr(),
         strides,
         _address(dht),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Hashable
 
 import pytest
 import torch
@@ -15,16 +16,16 @@ from flashkda_ops.ops import plans
 
 
 @pytest.fixture(params=["the extension", "Python"])
-def teller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What tells layouts."""
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads tensors."""
     if request.param == "Python":
-        monkeypatch.setattr(cuda, "_layouts", lambda: None)
-    elif cuda._layouts() is None:
+        monkeypatch.setattr(cuda, "_reader", lambda: cuda._read)
+    elif cuda._reader() is cuda._read:
         pytest.skip("no extension, or a torch without DLPack's C exchange")
 
 
 @pytest.fixture
-def made(teller: None, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def made(reader: None, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for each plan that is made."""
     plans.clear()
     calls, make = [], plans._make
@@ -78,29 +79,62 @@ def test_a_call_that_differs_otherwise_has_its_own(change: str, made: list[objec
     assert len(made) == 3
 
 
-def test_layouts_differ_in_all_but_contents_and_places(teller: None) -> None:
+def layouts(*tensors: Tensor | None) -> Hashable:
+    reading = cuda.read(tensors)
+    assert reading is not None
+    return reading[0]
+
+
+def test_layouts_differ_in_all_but_contents_and_places(reader: None) -> None:
     x = torch.zeros(4, 6, 8)
     tensors: list[Tensor | None] = [
         None, x[0, 0, 0], x[0, 0], x[0, :3, :2], x[:2, 0, :3], x[:0], x[:, :0], x, x.mT, x[1:], x[:, 1:],
         x.flatten()[1:], x[0, 0].expand(4, 6, 8), x.int(), x.half(), x.bfloat16(), x.bool(), x.view(torch.complex64),
-        x.to("meta"),
     ]  # fmt: skip
-    found = [cuda.layouts((y, None)) for y in tensors]
-    assert len(set(found)) == len(tensors) and cuda.layouts((None, x)) not in found
-    again = [cuda.layouts((None if y is None else y.detach(), None)) for y in tensors]
-    assert again == found
-    assert cuda.layouts((x, x)) == cuda.layouts((torch.ones_like(x), x.clone()))
-    grad = x.clone().requires_grad_()
-    assert cuda.layouts((grad, torch.nn.Parameter(x))) == cuda.layouts((x, x))
+    found = [layouts(y, None) for y in tensors]
+    assert len(set(found)) == len(tensors) and layouts(None, x) not in found
+    assert [layouts(None if y is None else y.detach(), None) for y in tensors] == found
+    assert layouts(x, x) == layouts(torch.ones_like(x), x.clone())
+    assert layouts(x.clone().requires_grad_(), torch.nn.Parameter(x)) == layouts(x, x)
 
 
-def test_tensors_that_tell_no_layout_raise(teller: None) -> None:
-    with pytest.raises((AttributeError, TypeError)):
-        cuda.layouts((3,))  # type: ignore[arg-type]
+def test_addresses_and_whether_gradients_are_wanted_are_read(reader: None) -> None:
+    x, parameter = torch.zeros(4, 6)[1:, 3:], torch.nn.Parameter(torch.zeros(3))
+    addresses = struct.pack("3Q", x.data_ptr(), 0, parameter.data_ptr())
+    assert cuda.read((x, None, parameter)) == (layouts(x, None, parameter), True, addresses)
+    assert cuda.read((x, None, parameter.detach())) == (layouts(x, None, parameter), False, addresses)
 
 
-def test_more_dimensions_than_the_extension_takes_are_told_by_python() -> None:
-    many = torch.zeros([1] * 60)
+class Subclass(Tensor):
+    pass
+
+
+def left_behind(transform: Callable[..., Callable[..., Tensor]]) -> Tensor:
+    kept: list[Tensor] = []
+    transform(lambda x: (kept.append(x), x.sum())[1])(torch.zeros(3))
+    return kept[0]
+
+
+NOT_PLAIN: dict[str, Callable[[], object]] = {
+    "of a subclass": lambda: torch.zeros(3).as_subclass(Subclass),
+    "to be negated": lambda: torch.zeros(3, dtype=torch.complex64).conj().imag,
+    "left behind by vmap": lambda: left_behind(torch.func.vmap),
+    "left behind by grad": lambda: left_behind(torch.func.grad),
+    "no tensor": lambda: 3,
+}
+
+
+@pytest.mark.parametrize("what", NOT_PLAIN)
+def test_what_is_more_or_less_than_a_plain_tensor_is_not_read(what: str, reader: None) -> None:
+    assert cuda.read((torch.zeros(3), NOT_PLAIN[what]())) is None  # type: ignore[arg-type]
+
+
+def test_calls_on_what_is_not_read_have_plans(made: list[object]) -> None:
+    call = case()
+    expected = chunk_kda(**call)[0]
+    parts = torch.complex(torch.zeros_like(call["v"]), -call["v"]).conj().imag
+    assert parts.is_neg() and torch.equal(chunk_kda(**{**call, "v": parts})[0], expected)
+    many = torch.zeros([1] * 60)  # dimensions, three times more than the extension takes
     assert cuda.layouts((many, many, many)) == cuda.layouts((many.clone(), many, many))
 
 
@@ -112,9 +146,9 @@ def test_another_exchange_than_dlpack_s_is_refused() -> None:
     make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     for name in (b"dltensor", None):
         with pytest.raises(ValueError, match="exchange"):
-            extension.Layouts(make(1, name, None))
+            extension.TensorReader(make(1, name, None), (Tensor,))
     with pytest.raises(TypeError):
-        extension.Layouts(1)
+        extension.TensorReader(1, (Tensor,))
 
 
 def test_a_call_that_is_not_valid_is_never_planned(made: list[object]) -> None:

@@ -84,9 +84,11 @@ __device__ __forceinline__ void store_release(int* word, int x) {
   cuda::atomic_ref<int, cuda::thread_scope_device>(*word).store(x, cuda::memory_order_release);
 }
 
-// The same in shared memory, of a block.
+// The same in shared memory, of a block. Race detectors know that an exchange and a load that changes nothing are
+// atomic, and take stores and loads for ordinary ones.
 __device__ __forceinline__ void store_release_shared(uint32_t address, int x) {
-  cuda::atomic_ref<int, cuda::thread_scope_block>(*shared_pointer<int>(address)).store(x, cuda::memory_order_release);
+  cuda::atomic_ref<int, cuda::thread_scope_block> word(*shared_pointer<int>(address));
+  word.exchange(x, cuda::memory_order_release);
 }
 
 __device__ __forceinline__ int4 load_acquire_shared_4(uint32_t address) {
@@ -94,7 +96,7 @@ __device__ __forceinline__ int4 load_acquire_shared_4(uint32_t address) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     int& word = *shared_pointer<int>(address + 4 * i);
-    words[i] = cuda::atomic_ref<int, cuda::thread_scope_block>(word).load(cuda::memory_order_acquire);
+    words[i] = cuda::atomic_ref<int, cuda::thread_scope_block>(word).fetch_or(0, cuda::memory_order_acquire);
   }
   return make_int4(words[0], words[1], words[2], words[3]);
 }

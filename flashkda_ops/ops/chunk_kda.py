@@ -68,13 +68,16 @@ def _validate(a: Arguments) -> Sizes:
     return sizes
 
 
-def plan(a: Arguments) -> Plan:
-    return plans.plan(a[:9], (a.scale, *a[11:17]))
+def plan(a: Arguments, reading: cuda.Reading | None = None) -> Plan:
+    return plans.plan(a[:9], (a.scale, *a[11:17]), reading)
 
 
-def run(a: Arguments) -> _Computed:
-    """The op, with None for what was not asked for: by the kernel where it serves the call, or on the portable path."""
-    sizes, options, kernel, (n, _), padded = plan(a)
+def run(a: Arguments, reading: cuda.Reading | None = None) -> _Computed:
+    """The op, with None for what was not asked for: by the kernel where it serves the call, or on the portable path.
+
+    reading: of the first nine arguments, if they have been read.
+    """
+    sizes, options, kernel, (n, _), padded = plan(a, reading)
     validate_checkpoint_interval(a.checkpoint_interval)
     if checks_values(a.validate, a.q):
         check_cu_seqlens(a.cu_seqlens, sizes.T)
@@ -92,7 +95,8 @@ def run(a: Arguments) -> _Computed:
     o, final_state = torch.empty_like(a.v, memory_format=torch.contiguous_format), None
     if a.output_final_state:
         final_state = o.new_empty(*state_shape(sizes, sizes.N, a.state_v_first), dtype=torch.float32)
-    cuda.chunk_kda(kernel, o, final_state, a[:9], batch_invariant=a.batch_invariant)
+    addresses = None if reading is None else reading[2]
+    cuda.chunk_kda(kernel, o, final_state, a[:9], batch_invariant=a.batch_invariant, addresses=addresses)
     return o, final_state, None
 
 

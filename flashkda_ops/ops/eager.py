@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from flashkda_ops import cuda
 from flashkda_ops.ops import chunk_kda as _chunk
 from flashkda_ops.ops import chunk_kda_backward as _chunk_backward
 from flashkda_ops.ops import chunk_kda_paged as _chunk_paged
@@ -23,7 +24,7 @@ from flashkda_ops.ops import rules
 
 __all__ = ["EagerChunkKDA", "chunk_kda", "chunk_kda_paged", "in_place", "recurrent_kda_paged"]
 
-_Tensors = Sequence[Tensor | None]
+_Tensors = tuple[Tensor | None, ...]
 _A = TypeVar("_A", bound=tuple[Any, ...])
 _R = TypeVar("_R")
 _NUMBERS = frozenset((bool, int, float, type(None)))
@@ -41,26 +42,9 @@ def _is_watched() -> bool:
     )
 
 
-def _are_plain(tensors: _Tensors, options: Sequence[object] = ()) -> bool:
-    """Whether all tensors are storage, sizes and strides (of no subclass, with no negation still to be done, not left
-    behind by a transform of ``torch.func``) and all options what the schema says, which else converts or refuses them.
-    """
-    for x in tensors:
-        if x is not None and (
-            (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
-            or x.is_neg()
-            or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        ):
-            return False
+def _are_numbers(options: Sequence[object]) -> bool:
+    """Whether all options are what the schema says, which else converts or refuses them."""
     return _NUMBERS.issuperset(map(type, options))
-
-
-def _need_grad(tensors: _Tensors) -> bool:
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return False
 
 
 def _is_autocast(q: Tensor) -> bool:
@@ -69,13 +53,13 @@ def _is_autocast(q: Tensor) -> bool:
 
 class EagerChunkKDA(torch.autograd.Function):
     """``flashkda::chunk_kda`` in training: the op's own formula. Takes the tensors, all arguments once more as one, and
-    whether to leave out the dispatcher; returns the outputs that were asked for."""
+    what was read of the tensors, or None to go by the dispatcher; returns the outputs that were asked for."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
-        a, direct = args[9:]
+        a, reading = args[9:]
         with torch._C._AutoDispatchBelowAutograd():
-            o, final_state, _ = _chunk.run(a) if direct else _chunk.op(*a)
+            o, final_state, _ = _chunk.op(*a) if reading is None else _chunk.run(a, reading)
         _chunk.save(ctx, a)
         return o, final_state if a.output_final_state else None
 
@@ -85,12 +69,12 @@ class EagerChunkKDA(torch.autograd.Function):
             not _is_watched()
             and not torch.is_grad_enabled()
             and not torch._C._is_any_autocast_enabled()
-            and _are_plain((do, dht))
+            and cuda.read((do, dht)) is not None
         )
         return (*_chunk.gradients(ctx, do, dht, _backward if direct else _chunk_backward.op), None, None, None)
 
 
-# Function.apply itself first looks for what transforms have left behind, which _are_plain has done.
+# Function.apply itself first looks for what transforms have left behind, which cuda.read has done.
 _train = super(torch.autograd.Function, EagerChunkKDA).apply
 
 
@@ -103,20 +87,20 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
 def chunk_kda(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``flashkda::chunk_kda``. What was not asked for is None, or has no rows."""
     q, tensors = args[0], args[:9]
-    if not _are_plain(tensors, args[9:]) or q.is_meta:
+    reading = cuda.read(tensors)
+    if reading is None or not _are_numbers(args[9:]) or q.is_meta:
         return _chunk.op(*args)
     if _is_autocast(q):
         args = rules.autocast(args)
         with torch.autocast(q.device.type, enabled=False):
             return chunk_kda(*args)
-    direct = not _is_watched()
-    a = _chunk.Arguments(*args)
-    if _need_grad(tensors):
-        return (*_train(*tensors, a, direct), None)
-    if not direct:
+    is_watched, a = _is_watched(), _chunk.Arguments._make(args)
+    if reading[1] and torch.is_grad_enabled():
+        return (*_train(*tensors, a, None if is_watched else reading), None)
+    if is_watched:
         return _chunk.op(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return _chunk.run(a)
+        return _chunk.run(a, reading)
 
 
 def in_place(
@@ -129,7 +113,15 @@ def in_place(
 ) -> _R:
     """``op(*a)`` for an op that has no gradient and writes into some of its tensors; ``run(a)`` is its body."""
     q = a[0]
-    if _is_watched() or not _are_plain(tensors, options) or q.is_meta or _is_autocast(q) or _need_grad(tensors):
+    reading = cuda.read(tensors)
+    if (
+        reading is None
+        or (reading[1] and torch.is_grad_enabled())
+        or not _are_numbers(options)
+        or _is_watched()
+        or q.is_meta
+        or _is_autocast(q)
+    ):
         return op(*a)
     for x in written:
         if x is not None:

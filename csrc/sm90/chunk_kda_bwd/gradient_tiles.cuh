@@ -55,21 +55,29 @@ struct GradientLayout {
   static constexpr int kRateSums = kStateSums + 2 * 4 * kHeadDim;  // fp32 [8]: A_log's, by warp
   static constexpr int kInfo = kRateSums + 32;                     // [2] of 16 bytes
   static constexpr int kBarriers = kInfo + 32;
-  static constexpr int kBytes = kBarriers + 64 + 1024;  // 1024 to align the base
+  static constexpr int kBytes = kBarriers + 88 + 1024;  // 1024 to align the base
   static_assert(kBlocks * kSolveStride <= kReferences - kSums);
   static_assert(kBytes <= 232448);
 };
 
 // Barriers, with who arrives and who waits:
-//   full_keys     the loader's thread and TMA's bytes (q, k)          -> math warps
-//   full_gates    the loader's thread and TMA's bytes (g), the state
-//                 sum's warp (beta)                                   -> math warps, the state sum's warp
-//   full_states   the loader's thread and TMA's bytes (S, dS', v)     -> math warps, the state sum's warp
-//   full_output   the loader's thread and TMA's bytes (dO)            -> math warps
-//   free_keys     math's thread 0, behind a barrier of all math warps -> loader
-//   free_gates    each math warp: g's place is work until then        -> loader
-//   free_states   math's thread 0, behind a barrier of all math warps -> loader
-//   free_output   the same: dO's place has been work until then       -> loader
+//   full_keys      the loader's thread and TMA's bytes (q, k)          -> math warps
+//   full_gates     the loader's thread and TMA's bytes (g), the state
+//                  sum's warp (beta)                                   -> math warps, the state sum's warp
+//   full_states    the loader's thread and TMA's bytes (S, dS', v)     -> math warps, the state sum's warp
+//   full_output    the loader's thread and TMA's bytes (dO)            -> math warps
+//   free_keys      math warps: the tile's info has been read, too      -> loader
+//   free_gates     each math warp: g's place is work until then        -> loader
+//   free_states    math's thread 0, behind a barrier of all math
+//                  warps, the state sum's warp                         -> loader
+//   free_output    math's thread 0, behind a barrier of all math
+//                  warps: dO's place has been work until then          -> loader
+//   system_ready   math warps: diagonal blocks of L are written        -> the solving warps
+//   inverse_ready  the solving warps: their inverses are written       -> math warps
+//   sums_ready     the state sum's warp: its sums are written          -> math warps
+//
+// Where a warp arrives for what it has read or written by ordinary loads and stores, each of its lanes does: race
+// detectors follow that, but not one lane behind a barrier.
 struct GradientBarriers {
   uint32_t base;
   __device__ uint32_t full_keys() const { return base; }
@@ -80,11 +88,12 @@ struct GradientBarriers {
   __device__ uint32_t free_gates() const { return base + 40; }
   __device__ uint32_t free_states() const { return base + 48; }
   __device__ uint32_t free_output() const { return base + 56; }
+  __device__ uint32_t system_ready() const { return base + 64; }
+  __device__ uint32_t inverse_ready() const { return base + 72; }
+  __device__ uint32_t sums_ready() const { return base + 80; }
 };
 
-// Named barriers: all math warps; diagonal blocks of L written (math arrives, the solving warps wait); inverses written
-// (they arrive, math waits); the sums over states written (its warp arrives, math waits).
-enum NamedBarrier : uint32_t { kMath = 1, kSystemReady, kInverseReady, kStateSumsReady };
+constexpr uint32_t kMath = 1;  // the named barrier of all math warps
 
 struct GradientArguments {
   CUtensorMap q, k, v, g, d_o;
@@ -225,12 +234,13 @@ __device__ void load_tiles(const GradientArguments& a, uint32_t shared, uint8_t*
 
 // (I + L)^-1 - I of two diagonal blocks (I needs no rounding): lane t % 16 solves X (I + L) = I for row t, in fp32.
 template <typename G>
-__device__ void invert_blocks(const GradientArguments& a, uint32_t shared, int warp) {
+__device__ void invert_blocks(const GradientArguments& a, uint32_t shared, GradientBarriers barriers, int warp) {
   using L = GradientLayout<G>;
   const int lane = threadIdx.x % 32, row = lane % 16, block = warp * 2 + lane / 16;
   const uint32_t system = shared + L::kSolve + block * L::kSolveStride;
-  for (TileWalk walk = walk_tiles(a); walk.is_left(); walk.advance()) {
-    cutlass::arch::NamedBarrier::sync(kMathThreads + 64, kSystemReady);
+  uint32_t parity = 0;
+  for (TileWalk walk = walk_tiles(a); walk.is_left(); walk.advance(), parity ^= 1) {
+    mbarrier_wait(barriers.system_ready(), parity);
     float x[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] = i == row ? 1.f : 0.f;
@@ -259,7 +269,7 @@ __device__ void invert_blocks(const GradientArguments& a, uint32_t shared, int w
           shared + L::kSystem + block * kBlockBytes + row * 128 + ((uint32_t(block * 2 + half) ^ (row % 8)) << 4),
           packed);
     }
-    cutlass::arch::NamedBarrier::arrive(kMathThreads + 64, kInverseReady);
+    mbarrier_arrive(barriers.inverse_ready());
   }
 }
 
@@ -305,6 +315,7 @@ __device__ void sum_states(const GradientArguments& a, uint32_t shared, Gradient
         sum[2 * c + 1] = fmaf(__uint_as_float(s[c] & 0xffff0000u), __uint_as_float(d[c] & 0xffff0000u), sum[2 * c + 1]);
       }
     }
+    mbarrier_arrive(barriers.free_states());
 #pragma unroll
     for (int c = 0; c < 8; ++c) sum[c] += __shfl_xor_sync(0xffffffffu, sum[c], 16);
     if (odd == 0) {
@@ -312,7 +323,7 @@ __device__ void sum_states(const GradientArguments& a, uint32_t shared, Gradient
       store_shared(address, make_float4(sum[0], sum[1], sum[2], sum[3]));
       store_shared(address + 16, make_float4(sum[4], sum[5], sum[6], sum[7]));
     }
-    cutlass::arch::NamedBarrier::arrive(kMathThreads + 32, kStateSumsReady);
+    mbarrier_arrive(barriers.sums_ready());
     mbarrier_wait(barriers.full_gates(), parity);  // or the next arrival might count for this tile
   }
 }

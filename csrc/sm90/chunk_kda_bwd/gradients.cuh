@@ -428,7 +428,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     } else {
       store_block(shared + L::kScores, diagonal, diagonal, N_diagonal);
     }
-    cutlass::arch::NamedBarrier::arrive(kMathThreads + 64, kSystemReady);
+    mbarrier_arrive(barriers.system_ready());
     if (kBounded && has_level2) {
       multiply_blocks(N_level2, rows3 + row2 * kBlockBytes, kHalfBytes, columns3 + column2 * kBlockBytes, kHalfBytes,
                       matrix);
@@ -513,7 +513,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     };
     if (valid < kTile) clean(shared + L::kValue, false);
     cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::sync(kMathThreads + 64, kInverseReady);
+    mbarrier_wait(barriers.inverse_ready(), parity);
     math_sync();
 
     // Kd S^T, and dS' Kr^T + dO^T P: rows are channels of V.
@@ -714,7 +714,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     };
     if (p.dv) copy_out(work + kTensorBytes, p.dv, __nv_bfloat16{});
     cute::warpgroup_wait<0>();
-    cutlass::arch::NamedBarrier::sync(kMathThreads + 32, kStateSumsReady);
+    mbarrier_wait(barriers.sums_ready(), parity);
     math_sync();
     if (thread == 0) mbarrier_arrive(barriers.free_states());
 
@@ -989,7 +989,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
     }
     cutlass::arch::fence_view_async_shared();
     math_sync();
-    if (thread == 0) mbarrier_arrive(barriers.free_keys());
+    mbarrier_arrive(barriers.free_keys());
     // First what lies where g comes.
     if constexpr (L::kWideGate) {
       if (!grouped && p.dk) copy_out(work + kTensorBytes, p.dk, T{});
@@ -1020,10 +1020,13 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     mbarrier_init(barriers.full_gates(), 1 + 32);
     mbarrier_init(barriers.full_states(), 1);
     mbarrier_init(barriers.full_output(), 1);
-    mbarrier_init(barriers.free_keys(), 1);
+    mbarrier_init(barriers.free_keys(), kMathThreads);
     mbarrier_init(barriers.free_gates(), kMathThreads / 32);
-    mbarrier_init(barriers.free_states(), 1);
+    mbarrier_init(barriers.free_states(), 1 + 32);
     mbarrier_init(barriers.free_output(), 1);
+    mbarrier_init(barriers.system_ready(), kMathThreads);
+    mbarrier_init(barriers.inverse_ready(), 64);
+    mbarrier_init(barriers.sums_ready(), 32);
     cutlass::arch::fence_barrier_init();
   }
   // Blocks above the diagonal, and the sums of blocks that have none, stay zero.
@@ -1041,7 +1044,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<kHelperRegisters>();
     const int role = warp - kMathThreads / 32;
     if (role < 2) {
-      invert_blocks<G>(arguments, shared, role);
+      invert_blocks<G>(arguments, shared, barriers, role);
     } else if (role == 2) {
       sum_states<G>(arguments, shared, barriers);
     } else if (threadIdx.x % 32 == 0) {
