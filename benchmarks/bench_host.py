@@ -1,7 +1,8 @@
 """Host time of one eager call, from the Python function down to the op.
 
-On a GPU: until the call returns, launches included, of calls so small that the GPU keeps up. Without one the ops'
-bodies are replaced by some that only allocate their outputs: what is left is what a call costs above the kernels.
+On a GPU: until the call returns, launches included, of calls so small that the GPU keeps up; prefill of most shapes is
+one launch, of a few heads up to three. Without a GPU the ops' bodies are replaced by some that only allocate their
+outputs: what is left is what a call costs above the kernels.
 
     python benchmarks/bench_host.py
 """
@@ -38,12 +39,16 @@ def main() -> None:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
-    q, k, v, g = (randn(1, 64, H, D) for _ in range(4))
-    beta = randn(1, 64, H)
-    A_log, dt_bias = torch.rand(H, device=DEVICE), torch.rand(H * D, device=DEVICE)
+    def inputs_of(T: int, H: int) -> tuple[torch.Tensor, ...]:
+        parameters = torch.rand(H, device=DEVICE), torch.rand(H * D, device=DEVICE)
+        return (*(randn(1, T, H, D) for _ in range(4)), randn(1, T, H), *parameters)
+
+    def leaves_of(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        return [x.clone().requires_grad_() for x in inputs]
+
+    inputs = q, k, v, g, beta, A_log, dt_bias = inputs_of(64, H)
     options = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
-    inputs = (q, k, v, g, beta, A_log, dt_bias)
-    leaves = [x.clone().requires_grad_() for x in inputs]
+    leaves = leaves_of(inputs)
     do = torch.randn_like(v)
     tokens = [x[:, :SEQUENCES].transpose(0, 1).contiguous() for x in (q, k, v, g, beta)]
     pool = torch.zeros(SEQUENCES, H, D, D, device=DEVICE)
@@ -75,6 +80,13 @@ def main() -> None:
         "torch.ops.flashkda.recurrent_kda_paged": decode_op,
         "flashkda_ops.recurrent_kda_paged": decode,
     }
+    if DEVICE == "cuda":
+        more = inputs_of(1024, 4)
+        more_leaves = leaves_of(more)
+        calls |= {
+            "flashkda_ops.chunk_kda, no grad, three launches": lambda: function(*more),
+            "flashkda_ops.chunk_kda, training, three launches": lambda: function(*more_leaves),
+        }
     with ExitStack() as replaced:
         if DEVICE == "cpu":
             bodies = {

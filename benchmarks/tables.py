@@ -233,7 +233,8 @@ def host() -> str:
     results = sorted((ROOT / "benchmarks" / "results").glob("host-*.json"))
     records = [load(path.stem) for path in results]
     cells = [{row["impl"]: f"{row['host_us']:.0f}" for row in record["rows"]} for record in records]
-    rows = [[impl, *(cell.get(impl, "") for cell in cells)] for impl in cells[0]]
+    impls = dict.fromkeys(impl for cell in cells for impl in cell)
+    rows = [[impl, *(cell.get(impl, "") for cell in cells)] for impl in impls]
     header = ["one eager call, us", *("launches on a GPU" if "gpu" in record else "no kernels" for record in records)]
     return table(header, rows) + "".join(source(record) for record in records)
 

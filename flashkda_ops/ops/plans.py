@@ -65,9 +65,7 @@ def clear() -> None:
 def plan(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], reading: cuda.Reading | None = None) -> Plan:
     """The plan of a call, from the tensors and the options of ``_Call``, and from what has been read of the tensors.
     Raises a ValueError where it is not valid."""
-    if reading is None:
-        reading = cuda.read(tensors)
-    key = (cuda.layouts(tensors) if reading is None else reading[0], options)
+    key = (cuda.layouts(tensors, reading), options)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= _MOST:
