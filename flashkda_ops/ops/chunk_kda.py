@@ -86,9 +86,10 @@ def run(a: Arguments, reading: cuda.Reading | None = None) -> _Computed:
         o = o[..., : sizes.V].contiguous()
         return o, None if state is None else padding.narrowed_state(state, sizes, a.state_v_first), None
     if kernel is None or a.checkpoint_interval != 0:
-        o, state, states = portable.chunk_kda(
-            *a[:9], options, state_v_first=a.state_v_first, checkpoint_interval=a.checkpoint_interval
-        )
+        with torch._C._AutoDispatchBelowAutograd():  # of many operators, none of which has a gradient to keep
+            o, state, states = portable.chunk_kda(
+                *a[:9], options, state_v_first=a.state_v_first, checkpoint_interval=a.checkpoint_interval
+            )
         return o, state if a.output_final_state else None, states
     if n > 1 and a.cu_seqlens is not None and not a.batch_invariant:  # the kernel cuts dense calls itself
         return _in_segments(a, n)

@@ -58,8 +58,11 @@ class EagerChunkKDA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
         a, reading = args[9:]
-        with torch._C._AutoDispatchBelowAutograd():
-            o, final_state, _ = _chunk.op(*a) if reading is None else _chunk.run(a, reading)
+        if reading is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                o, final_state, _ = _chunk.op(*a)
+        else:
+            o, final_state, _ = _chunk.run(a, reading)
         _chunk.save(ctx, a)
         return o, final_state if a.output_final_state else None
 
@@ -99,8 +102,7 @@ def chunk_kda(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return (*_train(*tensors, a, None if is_watched else reading), None)
     if is_watched:
         return _chunk.op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _chunk.run(a, reading)
+    return _chunk.run(a, reading)
 
 
 def in_place(
