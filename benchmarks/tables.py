@@ -164,7 +164,8 @@ def training() -> str:
         if with_fla:
             for key, digits in (("bwd_gpu_us", 0), ("fwd_bwd_gpu_us", 0), ("fwd_bwd_us", 0), ("peak_gib", 2)):
                 measured = fla and ours and key in fla
-                line.append(f"{fla[key]:.{digits}f} ({fla[key] / ours[key]:.1f}x)" if measured else "")
+                star = "*" if fla and "commit" in fla else ""
+                line.append(f"{fla[key]:.{digits}f}{star} ({fla[key] / ours[key]:.1f}x)" if measured else "")
         if plain and cudnn:
             for key in ("bwd_gpu_us", "fwd_bwd_gpu_us"):
                 ratio = f"{cudnn[key]:.0f} ({cudnn[key] / plain[key]:.2f}x)" if key in cudnn else ""
