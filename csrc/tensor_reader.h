@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
-#include <string>
+#include <utility>
 
 namespace flashkda {
 
