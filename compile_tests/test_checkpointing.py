@@ -41,7 +41,7 @@ def test_eagerly(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, runs = Layer(), []
     expected = gradients(layer, layer)
     run = chunk_kda.run
-    monkeypatch.setattr(chunk_kda, "run", lambda a: (runs.append(1), run(a))[1])
+    monkeypatch.setattr(chunk_kda, "run", lambda *a: (runs.append(1), run(*a))[1])
     options, expected_runs = POLICIES[policy]
     actual = gradients(layer, lambda x: checkpoint(layer, x, use_reentrant=False, **options))
     assert len(runs) == expected_runs
