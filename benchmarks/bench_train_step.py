@@ -7,7 +7,7 @@ of the eager kernels, as means of 50 steps: 1e-3 captured and compiled, 2e-2 for
 rounds bf16 intermediates in other places than eager does, and training amplifies any rounding, the more the higher the
 learning rate, whatever the ops. So the compiled step is held to 1e-3 with those rates with which the eager curve itself
 stays within half of that when one of its weights is an ulp off. Then the speeds are taken, variants alternating, of
-all but the portable path and the one that is here for its curve.
+all but the portable path and the one an ulp off, which are here for their curves.
 
     python benchmarks/bench_train_step.py [--impls flashkda_ops "flashkda_ops (captured)"] [--steps 300]
                                           [--lr 1e-3 1e-4]
@@ -51,6 +51,7 @@ DEVICE = torch.device("cuda")
 STEPS_PER_SAMPLE = 10
 CURVE_WINDOW = 50
 AN_ULP_OFF, PORTABLE = "flashkda_ops (an ulp off)", "flashkda_ops (portable)"
+FOR_THEIR_CURVES = (AN_ULP_OFF, PORTABLE)
 CURVE_LIMITS = {
     AN_ULP_OFF: float("inf"),
     "flashkda_ops (captured)": 1e-3,
@@ -116,8 +117,7 @@ class Training:
                 next(self.model.layers.parameters()).view(-1)[0].mul_(1 + torch.finfo(config.dtype).eps)
         self.moments = Moments.of(self.model)
         self._parameters = [p.detach().clone() for p in self.model.parameters()]
-        # Those two are here for their curves, which captured are the same.
-        self._captures = "captured" in impl or impl in (AN_ULP_OFF, PORTABLE)
+        self._captures = "captured" in impl or impl in FOR_THEIR_CURVES  # captured, curves are the same
 
         def compile(fn: Step) -> Step:
             return torch.compile(fn, fullgraph=True, dynamic=False) if "compiled" in impl else fn
@@ -202,7 +202,7 @@ def main() -> None:
                 step(*x)
             torch.cuda.synchronize()
 
-        if impl not in (AN_ULP_OFF, PORTABLE):
+        if impl not in FOR_THEIR_CURVES:
             samples[impl] = sample
 
     for impl, (us, spread) in cpu_us(samples, runs=20).items():
