@@ -26,46 +26,85 @@ __all__ = ["Gates", "Layout", "applied", "composed", "count", "entered", "gradie
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Affine maps of K-first states, M S + B, as one tensor [M | B] of shape [..., K, K + V]
+#
+# Where a packed sequence starts, M is zero: what comes before is another sequence's, and the map *forgets* it. A
+# product with that zero would not, since 0 times NaN is NaN: such a map's result is B by selection.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _levels(maps: Tensor) -> list[Tensor]:
+class _Maps(NamedTuple):
+    """Maps, and which of them forget what comes before ``[..., 1, 1]``; None where it is known that none does."""
+
+    maps: Tensor  # [..., K, K + V]
+    forgets: Tensor | None
+
+    def at(self, index: slice) -> _Maps:
+        """The maps of a slice of ``n``, where these are ``[..., n, K, K + V]``."""
+        return _Maps(self.maps[..., index, :, :], None if self.forgets is None else self.forgets[..., index, :, :])
+
+    def after(self, first: _Maps) -> _Maps:
+        """Each of these maps composed with one that is applied first."""
+        K = self.maps.shape[-2]
+        pairs = self.maps[..., :K] @ first.maps
+        pairs[..., K:].add_(self.maps[..., K:])
+        if self.forgets is None or first.forgets is None:
+            return _Maps(pairs, None)
+        return _Maps(torch.where(self.forgets, self.maps, pairs), self.forgets | first.forgets)
+
+    def applied(self, S: Tensor) -> Tensor:
+        """``M S + B``."""
+        M, B = self.maps.split((S.shape[-2], S.shape[-1]), -1)
+        result = M @ S + B
+        return result if self.forgets is None else torch.where(self.forgets, B, result)
+
+
+def _maps(maps: Tensor, packed: bool) -> _Maps:
+    """Maps of packed sequences may forget. A map that forgets by its gates, with an M of zeros, may be taken for one of
+    those: it makes the same of every finite state."""
+    return _Maps(maps, ~maps[..., : maps.shape[-2]].any(-1).any(-1)[..., None, None] if packed else None)
+
+
+def _joined(first: _Maps, second: _Maps) -> _Maps:
+    """Both, one behind the other along ``n``."""
+    forgets = None
+    if first.forgets is not None and second.forgets is not None:
+        forgets = torch.cat((first.forgets, second.forgets), -3)
+    return _Maps(torch.cat((first.maps, second.maps), -3), forgets)
+
+
+def _levels(maps: _Maps) -> list[_Maps]:
     """``n >= 1`` maps ``[..., n, K, K + V]``, those of neighbours composed, and so on up to one map for all.
 
     The first is applied first.
     """
     levels = [maps]
-    while (n := maps.shape[-3]) > 1:
-        K = maps.shape[-2]
-        first, second = maps[..., 0 : n - 1 : 2, :, :], maps[..., 1:n:2, :, :]
-        pairs = second[..., :K] @ first
-        pairs[..., K:].add_(second[..., K:])
-        maps = torch.cat((pairs, maps[..., n - 1 :, :, :]), -3) if n % 2 else pairs
+    while (n := maps.maps.shape[-3]) > 1:
+        pairs = maps.at(slice(1, n, 2)).after(maps.at(slice(0, n - 1, 2)))
+        maps = _joined(pairs, maps.at(slice(n - 1, n))) if n % 2 else pairs
         levels.append(maps)
     return levels
 
 
-def _states_before(levels: list[Tensor], S: Tensor) -> Tensor:
+def _states_before(levels: list[_Maps], S: Tensor) -> Tensor:
     """The state ``[..., n, K, V]`` before each of the ``n`` maps, where ``S [..., K, V]`` is that before the first."""
     states = S.unsqueeze(-3)
     for maps in reversed(levels[:-1]):
-        n = maps.shape[-3]
+        n = maps.maps.shape[-3]
         before = states[..., : n // 2, :, :]
-        between = applied(maps[..., 0 : n - 1 : 2, :, :], before)
+        between = maps.at(slice(0, n - 1, 2)).applied(before)
         pairs = torch.stack((before, between), -3).flatten(-4, -3)
         states = torch.cat((pairs, states[..., n // 2 :, :, :]), -3) if n % 2 else pairs
     return states
 
 
-def composed(maps: Tensor) -> Tensor:
+def composed(maps: Tensor, *, packed: bool) -> Tensor:
     """One map ``[..., K, K + V]`` for all ``n``."""
-    return _levels(maps)[-1].squeeze(-3)
+    return _levels(_maps(maps, packed))[-1].maps.squeeze(-3)
 
 
-def applied(maps: Tensor, S: Tensor) -> Tensor:
+def applied(maps: Tensor, S: Tensor, *, packed: bool) -> Tensor:
     """``M S + B``."""
-    M, B = maps.split((S.shape[-2], S.shape[-1]), -1)
-    return M @ S + B
+    return _maps(maps, packed).applied(S)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,6 +199,8 @@ def _where(mask: Tensor, states: Tensor) -> Tensor:
 class _Dense:
     """``B`` rows that lie over all ranks."""
 
+    packed = False
+
     def __init__(self, q: Tensor, segments: int, rank: int, ranks: int) -> None:
         self.spans, T = q.shape[:2]
         self.n = segments
@@ -180,7 +221,7 @@ class _Dense:
     def message(self, map: Tensor, own: Tensor | None) -> Tensor:
         if own is None or not self.first:
             return map
-        return torch.cat((map[..., : map.shape[-2]], applied(map, own)), -1)
+        return torch.cat((map[..., : map.shape[-2]], applied(map, own, packed=False)), -1)
 
     def entering(self, S: Tensor, own: Tensor | None) -> Tensor:
         return S if own is None or not self.first else own
@@ -223,6 +264,7 @@ class _Packed:
     """
 
     spans = 1
+    packed = True
 
     def __init__(
         self, q: Tensor, segments: int, cu_seqlens: Tensor, rank_offsets: Tensor | None, rank: int, ranks: int
@@ -233,7 +275,7 @@ class _Packed:
         else:
             offsets = rank_offsets.long().cummax(0).values
         last_rank, N = ranks - 1, cu_seqlens.shape[0] - 1
-        cu = torch.minimum(cu_seqlens.long().cummax(0).values, offsets[-1])
+        cu = torch.minimum(torch.maximum(cu_seqlens.long(), offsets[0]).cummax(0).values, offsets[-1])
         low, high = offsets[rank], offsets[rank + 1]
         sequence_starts, sequence_ends = cu[:-1], cu[1:]
 
@@ -248,7 +290,8 @@ class _Packed:
         # what starts there, which is as good as a state that comes through.
         here = torch.minimum(torch.maximum(cu, low), high)
         inside = torch.arange(segments + 1, device=device)
-        bounds = torch.minimum(low + inside * T // segments, here[-1])
+        # No segment has tokens of no sequence, ahead of the first one or behind the last.
+        bounds = torch.minimum(torch.maximum(low + inside * T // segments, here[0]), here[-1])
         owner = torch.searchsorted(cu, bounds, right=True) - 1
         first_token = cu[owner.clamp(min=0)]
         self.crosses = (owner >= 0) & (owner < N) & (first_token < bounds + (inside % segments > 0))
@@ -279,7 +322,8 @@ class _Packed:
     def maps(self, tokens: Sequence[Tensor], o: Gates, own: Tensor | None) -> tuple[Tensor, Tensor]:
         M, B = (x[1::2] for x in _transition(tokens, self.parts, o))
         if own is not None:
-            B = B + M @ _where(self.goes_on & ~self.goes_through, own[self.owner[1:]])
+            starts = (self.goes_on & ~self.goes_through).view(-1, 1, 1, 1)
+            B = torch.where(starts, B + M @ own[self.owner[1:]], B)
         # A sequence that starts in a segment leaves it as B, whatever came before.
         return _where(self.goes_through, M), _where(self.goes_on, B)
 
@@ -369,8 +413,9 @@ def entered(
     """
     own = initial_state.mT if initial_state is not None and v_first else initial_state
     M, B = layout.maps(tokens, gates, own)
-    levels = _levels(torch.cat((_by_span(M, layout), _by_span(B, layout)), -1))
-    S = layout.entering(incoming(layout.message(levels[-1].squeeze(-3), own)), own)
+    maps = torch.cat((_by_span(M, layout), _by_span(B, layout)), -1)
+    levels = _levels(_maps(maps, layout.packed))
+    S = layout.entering(incoming(layout.message(levels[-1].maps.squeeze(-3), own)), own)
     initial = layout.initial_states(_by_segment(_states_before(levels, S)), own)
     return M, (initial.mT if v_first else initial).contiguous()
 
@@ -399,8 +444,9 @@ def gradients(
     C = layout.of_entering(backward(do, dpieces, *arguments, [False] * 7 + [True])[7])
     C = C.mT if v_first else C
     # From the last segment to the first.
-    levels = _levels(torch.cat((_by_span(M.mT, layout), _by_span(C, layout)), -1).flip(-3))
-    dS = _by_segment(_states_before(levels, incoming(levels[-1].squeeze(-3))).flip(-3))
+    maps = torch.cat((_by_span(M.mT, layout), _by_span(C, layout)), -1).flip(-3)
+    levels = _levels(_maps(maps, layout.packed))
+    dS = _by_segment(_states_before(levels, incoming(levels[-1].maps.squeeze(-3))).flip(-3))
     dpieces = layout.of_leaving(dpieces, dS.mT if v_first else dS)
     *grads, dinitial = backward(do, dpieces, *arguments, needed)
     return [*grads, layout.of_initial_states(dinitial) if needed[7] else dinitial]

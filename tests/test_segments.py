@@ -99,6 +99,55 @@ def test_a_malformed_cu_seqlens_makes_pieces_in_bounds(seed: int) -> None:
         assert int(pieces.min()) >= 0 and int(pieces.max()) <= T and bool((pieces.diff() >= 0).all())
 
 
+def malformed_call(seed: int) -> Call:
+    """A packed call whose bounds decrease, lie outside of the tokens, begin late or end early."""
+    T, N = 37, 1 + seed % 5
+    bounds = torch.randint(-20, 60, (N + 1,), generator=torch.Generator().manual_seed(seed)).tolist()
+    if seed % 3 == 0:  # well formed, but that they begin behind a cut
+        bounds = [min(max(x, 15), T) for x in sorted(bounds)]
+    return make_call(T, cu_seqlens=bounds, dtype=torch.float64, initial_state=True, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_segments_read_a_malformed_cu_seqlens_as_whole_sequences_do(seed: int) -> None:
+    call, n = malformed_call(seed), 2 + seed % 4
+    a = chunk_kda.Arguments(**call, output_final_state=True)
+    for x, y in zip(chunk_kda._in_segments(a, n)[:2], chunk_kda.run(a)[:2], strict=True):
+        assert x is not None and y is not None and error(x, y) < 1e-11
+    backward = arguments(call)
+    expected = chunk_kda_backward.op(*backward)
+    for x, y in zip(chunk_kda_backward._in_segments(backward, sizes(call), n), expected, strict=True):
+        assert x is not None and error(x, y) < 1e-11
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "initial_state", "do", "dht"])
+def test_what_one_sequence_holds_stays_in_it(name: str, poison: float) -> None:
+    T, bounds = 48, [3, 7, 20, 22, 45]  # in 4 segments of 12 tokens: one sequence crosses a cut, another one two
+    call = make_call(T, cu_seqlens=bounds, dtype=torch.float64, initial_state=True)
+    clean = arguments(call)
+    clean_outputs = chunk_kda._in_segments(chunk_kda.Arguments(**call, output_final_state=True), 4)[:2]
+    clean_gradients = chunk_kda_backward._in_segments(clean, sizes(call), 4)
+    for victim in range(len(bounds) - 1):
+        x = getattr(clean, name).clone()
+        if name in ("initial_state", "dht"):
+            x[victim] = poison
+        else:
+            x[:, (bounds[victim] + bounds[victim + 1]) // 2] = poison
+        poisoned = clean._replace(**{name: x})
+        results = list(chunk_kda_backward._in_segments(poisoned, sizes(call), 4))
+        pairs = [(r, c) for i, (r, c) in enumerate(zip(results, clean_gradients, strict=True)) if i not in (5, 6)]
+        if name not in ("do", "dht"):
+            a = chunk_kda.Arguments(**{**call, name: x}, output_final_state=True)
+            pairs += zip(chunk_kda._in_segments(a, 4)[:2], clean_outputs, strict=True)
+        for result, expected in pairs:
+            assert result is not None and expected is not None
+            for n in range(len(bounds) - 1):
+                part = (n,) if result.shape[0] == len(bounds) - 1 else (0, slice(bounds[n], bounds[n + 1]))
+                if n != victim:
+                    assert error(result[part], expected[part]) < 1e-11
+
+
 def test_only_long_sequences_of_few_heads_run_in_segments() -> None:
     def n(T: int, HV: int, N: int = 1, *, packed: bool = True, clusters: bool = True) -> int:
         return segments.of_call(Sizes(N=N, B=1, T=T, H=HV, HV=HV, K=128, V=128), packed=packed, clusters=clusters)

@@ -79,7 +79,7 @@ def _all_gather(x: Tensor, axis: _Axis) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(gathered)
 
 
-def _incoming(own: Tensor, axes: _Axes, *, reverse: bool = False) -> Tensor:
+def _incoming(own: Tensor, axes: _Axes, *, packed: bool, reverse: bool = False) -> Tensor:
     """What the maps of all ranks before this one make of a zero state; of all behind it with ``reverse``.
 
     One all-gather for each dimension of the mesh, the innermost first: a row of ranks acts as one map on the next.
@@ -90,15 +90,15 @@ def _incoming(own: Tensor, axes: _Axes, *, reverse: bool = False) -> Tensor:
         maps = _all_gather(own, axis).movedim(0, -3)
         maps, rank = (maps.flip(-3), axis.size - 1 - axis.rank) if reverse else (maps, axis.rank)
         if rank > 0:
-            before.append(segments.composed(maps[..., :rank, :, :]))
+            before.append(segments.composed(maps[..., :rank, :, :], packed=packed))
         if i + 1 < len(axes):
-            own = segments.composed(maps)
+            own = segments.composed(maps, packed=packed)
     if not before:
         return torch.zeros_like(own[..., K:])
     *later, first = before
     S = first[..., K:]
     for map in reversed(later):
-        S = segments.applied(map, S)
+        S = segments.applied(map, S, packed=packed)
     return S
 
 
@@ -148,7 +148,7 @@ class _ContextParallel(torch.autograd.Function):
         layout = _layout(q, v, cu_seqlens, rank_offsets, axes, batch_invariant)
         tokens = [layout.tokens(x) for x in (q, k, v, g, beta)]
         gates = segments.Gates(A_log, dt_bias, l2norm, gate, sigmoid, negative, lower_bound)
-        incoming = partial(_incoming, axes=axes)
+        incoming = partial(_incoming, axes=axes, packed=layout.packed)
         M, initial = segments.entered(layout, tokens[1:], gates, initial_state, v_first, incoming)
         options = (l2norm, gate, sigmoid, negative, lower_bound, v_first)
         o, final, _ = torch.ops.flashkda.chunk_kda(
@@ -165,7 +165,7 @@ class _ContextParallel(torch.autograd.Function):
         layout = _layout(q, v, cu_seqlens, rank_offsets, ctx.axes, ctx.batch_invariant)
         do, *tokens = (layout.tokens(x) for x in (do, *differentiable[:5]))
         inputs, needed = (*tokens, *differentiable[5:]), [bool(n) for n in ctx.needs_input_grad[:8]]
-        incoming = partial(_incoming, axes=ctx.axes, reverse=True)
+        incoming = partial(_incoming, axes=ctx.axes, packed=layout.packed, reverse=True)
         with torch.autocast(q.device.type, enabled=False):  # as forward
             grads = segments.gradients(layout, do, dfinal, inputs, initial, M, ctx.options, needed, incoming)
         *grads, dinitial = (grad if need else None for grad, need in zip(grads, needed, strict=True))
