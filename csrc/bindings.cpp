@@ -20,6 +20,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "common/context.h"
 #include "params.h"
 #include "sm90/chunk_kda_bwd/launch.h"
 #include "sm90/chunk_kda_fwd/launch.h"
@@ -39,15 +40,26 @@ void check(cudaError_t error, const char* what) {
 
 // The caller has made `device` current in its own CUDA runtime. This one, linked statically, follows the driver's
 // current context, but may not have met it yet in this thread, and a thread of autograd may have none yet:
-// cudaSetDevice makes the device's current, without which the driver encodes no TMA descriptor. Nothing is restored,
-// since nothing changes for the caller.
+// cudaSetDevice makes the device's primary context current, without which the driver encodes no TMA descriptor. What
+// was current stays so for the caller, since it may be a green context.
 void use_device(int device) {
   thread_local bool met = false;
-  int current = -1;
-  check(cudaGetDevice(&current), "cudaGetDevice");
-  if (met && current == device) return;
+  const bool is_current = current_context_device() == device;
+  if (met && is_current) return;
+  const CUcontext context = is_current ? current_context() : nullptr;
   check(cudaSetDevice(device), "cudaSetDevice");
+  if (context && !make_context_current(context))
+    throw std::runtime_error("the caller's CUDA context cannot be current");
   met = true;
+}
+
+// Launches on a stream of a device, while other threads of Python run: a launch waits where the stream has no room for
+// another one, and what makes room may be a thread's to do.
+template <typename Launch>
+void launch_on(int device, uintptr_t stream, const char* what, const Launch& launch) {
+  const py::gil_scoped_release release;
+  use_device(device);
+  check(launch(reinterpret_cast<cudaStream_t>(stream)), what);
 }
 
 int sm_count(int device) {
@@ -128,17 +140,17 @@ void recurrent_kda_paged(const BatchedView& o, const BatchedView& q, const Batch
     throw std::invalid_argument(std::string("recurrent_kda_paged: ") + reason);
   }
   if (sequences == 0 || tokens == 0) return;
-  use_device(device);
-  if (rows_per_warp == 0) rows_per_warp = recurrent_kda::rows_per_warp(sequences, value_heads, sm_count(device));
-  const auto launch = [&](auto* bf16_tokens, auto* fp16_tokens) {
-    const auto chosen = dtype == Dtype::kBFloat16 ? bf16_tokens : fp16_tokens;
-    check(chosen(p, rows_per_warp, reinterpret_cast<cudaStream_t>(stream)), "recurrent_kda_paged");
-  };
-  if (state_dtype == Dtype::kFloat32) {
-    launch(recurrent_kda::launch<__nv_bfloat16, float>, recurrent_kda::launch<__half, float>);
-  } else {
-    launch(recurrent_kda::launch<__nv_bfloat16, __nv_bfloat16>, recurrent_kda::launch<__half, __nv_bfloat16>);
-  }
+  launch_on(device, stream, "recurrent_kda_paged", [&](cudaStream_t on) {
+    using namespace recurrent_kda;
+    const int rows =
+        rows_per_warp == 0 ? recurrent_kda::rows_per_warp(sequences, value_heads, sm_count(device)) : rows_per_warp;
+    if (dtype == Dtype::kBFloat16) {
+      return state_dtype == Dtype::kFloat32 ? launch<__nv_bfloat16, float>(p, rows, on)
+                                            : launch<__nv_bfloat16, __nv_bfloat16>(p, rows, on);
+    }
+    return state_dtype == Dtype::kFloat32 ? launch<__half, float>(p, rows, on)
+                                          : launch<__half, __nv_bfloat16>(p, rows, on);
+  });
 }
 
 // Strides over the batch, tokens and heads.
@@ -205,8 +217,7 @@ void chunk_kda_forward(const ChunkKdaParams& params, const Inputs& inputs, uintp
   p.o = pointer<void>(o);
   p.final_state = pointer<float>(final_state);
   p.one_segment = one_segment;
-  use_device(device);
-  check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_fwd");
+  launch_on(device, stream, "chunk_kda_fwd", [&](cudaStream_t on) { return launch_chunk_kda_fwd(p, on); });
 }
 
 void chunk_kda_transition(const ChunkKdaParams& params, const Inputs& inputs, uintptr_t map, uintptr_t offset,
@@ -215,8 +226,8 @@ void chunk_kda_transition(const ChunkKdaParams& params, const Inputs& inputs, ui
   set_addresses(p, inputs, workspace);
   p.map = pointer<float>(map);
   p.offset = pointer<float>(offset);
-  use_device(device);
-  check(launch_chunk_kda_transition(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_transition");
+  launch_on(device, stream, "chunk_kda_transition",
+            [&](cudaStream_t on) { return launch_chunk_kda_transition(p, on); });
 }
 
 // Without checkpoints their indices are absent.
@@ -238,8 +249,7 @@ void chunk_kda_paged(const ChunkKdaParams& params, const Inputs& inputs, uintptr
   p.pool.checkpoint_offsets = indices(checkpoint_offsets);
   p.pool.checkpoint_indices = indices(checkpoint_indices);
   p.one_segment = one_segment;
-  use_device(device);
-  check(launch_chunk_kda_fwd(p, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_paged");
+  launch_on(device, stream, "chunk_kda_paged", [&](cudaStream_t on) { return launch_chunk_kda_fwd(p, on); });
 }
 
 // grads: addresses of the gradients of q, k, v, g, beta, A_log, dt_bias and initial_state.
@@ -259,8 +269,7 @@ void chunk_kda_backward(const ChunkKdaParams& params, const Inputs& inputs, uint
   p.dA_log = pointer<float>(grads[5]);
   p.d_dt_bias = pointer<float>(grads[6]);
   p.d_initial_state = pointer<float>(grads[7]);
-  use_device(device);
-  check(launch_chunk_kda_bwd(p, clusters, reinterpret_cast<cudaStream_t>(stream)), "chunk_kda_bwd");
+  launch_on(device, stream, "chunk_kda_bwd", [&](cudaStream_t on) { return launch_chunk_kda_bwd(p, clusters, on); });
 }
 
 std::string cuda_version() {

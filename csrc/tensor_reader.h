@@ -8,6 +8,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -57,7 +58,8 @@ class TensorReader {
 
   // Of tensors, each of which may be None: their layouts (the dtype, the device, the shape, the strides, and where it
   // lies in 16 bytes), whether any requires a gradient, and their addresses, 0 for None. Nothing where one is of
-  // another type, is to be negated when it is read, or is nothing DLPack can tell of, as where there is no storage.
+  // another type, is to be negated when it is read, has no storage for what its shape says (freed, or zeros that are
+  // stored nowhere), or is nothing that DLPack can tell of.
   pybind11::object operator()(const pybind11::tuple& tensors) const {
     std::array<int64_t, 256> words;
     std::array<uintptr_t, 32> addresses;
@@ -80,6 +82,7 @@ class TensorReader {
         return pybind11::none();
       }
       const size_t dimensions = size_t(x.dimensions);
+      if (!has_memory(x)) return pybind11::none();
       // Room for this one, and a word for each of the others.
       if (count + 4 + 2 * dimensions + tensors.size() > words.size()) return pybind11::none();
       addresses[i] = reinterpret_cast<uintptr_t>(x.data) + x.byte_offset;
@@ -102,6 +105,15 @@ class TensorReader {
       if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == PyTuple_GET_ITEM(types_.ptr(), i)) return true;
     }
     return false;
+  }
+
+  // Whether there is memory at the tensor's address, as far as that tells. A view into storage that was freed has its
+  // offset for an address, and a GPU's memory lies above 4 GiB. Nothing is read of a tensor without elements.
+  static bool has_memory(const dlpack::Tensor& x) {
+    constexpr int32_t kCuda = 2;
+    const uintptr_t least = x.device_type == kCuda ? uintptr_t(1) << 32 : 1;
+    return reinterpret_cast<uintptr_t>(x.data) >= least ||
+           std::find(x.shape, x.shape + x.dimensions, 0) != x.shape + x.dimensions;
   }
 
   // Of what an attribute or a method gave.

@@ -59,8 +59,8 @@ is not the extension that reads, layouts and addresses are None: they are asked 
 
 
 def read(tensors: tuple[Tensor | None, ...]) -> Reading | None:
-    """What a call on plain tensors begins with, or None where one is more than storage, sizes and strides: of another
-    type, with a negation still to be done, left behind by a transform of ``torch.func``."""
+    """What a call on plain tensors begins with, or None where one is more or less than storage, sizes and strides: of
+    another type, with a negation still to be done, left behind by a transform of ``torch.func``, without storage."""
     return _reader()(tensors)
 
 
@@ -81,7 +81,12 @@ def _read(tensors: tuple[Tensor | None, ...]) -> Reading | None:
     requires_grad = False
     for x in tensors:
         if x is not None:
-            if type(x) not in _PLAIN_TYPES or x.is_neg() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if (
+                type(x) not in _PLAIN_TYPES
+                or x.is_neg()
+                or x._is_zerotensor()
+                or torch._C._functorch.is_functorch_wrapped_tensor(x)
+            ):
                 return None
             requires_grad = requires_grad or x.requires_grad
     return None, requires_grad, None
@@ -137,23 +142,50 @@ def may_use_clusters() -> bool:
     """Whether scans of few heads may be clusters of 16 blocks, which wait until that much of a GPC is free.
 
     A communication kernel holds some of each GPC while it waits for another rank; were that in turn to wait for this
-    scan, neither would end. So not where ``torch.distributed`` is initialized, unless ``CLUSTERS`` says otherwise.
+    scan, neither would end. So not where ``torch.distributed`` is initialized, nor where another process may have
+    kernels beside ours (MPS), unless ``CLUSTERS`` says otherwise. In a green context the launch itself decides.
     """
     if CLUSTERS:
         return CLUSTERS != "0"
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) and not _is_under_mps()
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+@functools.cache
+def _is_under_mps() -> bool:
+    """Whether this process is, or may be, a client of CUDA's multi-process service, found where clients look for it."""
+    return os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [_address(x) for x in tensors]
+_LEAST_ADDRESS = 1 << 32
+"""A GPU's memory lies above it; below, a view into freed storage has its offset for an address."""
+
+
+def _address(name: str, x: Tensor | None) -> int:
+    """Where a kernel finds x, 0 where it is absent. Facts about an address come from it alone: a tensor from DLPack may
+    begin anywhere, and the storage of one may have been freed."""
+    if x is None:
+        return 0
+    address = x.data_ptr()
+    if address < _LEAST_ADDRESS and x.numel() > 0 and x.untyped_storage().data_ptr() == 0:
+        raise ValueError(f"{name} must have storage, got a tensor of shape {list(x.shape)} whose storage was freed")
+    if address % x.element_size() != 0 and x.is_cuda:
+        size = x.element_size()
+        raise ValueError(f"{name} must be aligned to its elements of {size} bytes, got address {address:#x}")
+    return address
+
+
+INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")
+"""The tensors that both directions of the chunk form read, in the order in which the extension takes them."""
+
+
+def require_addresses(tensors: Sequence[Tensor | None]) -> None:
+    """Raises a ValueError that names the one of ``INPUTS`` that no kernel can read."""
+    for name, x in zip(INPUTS, tensors, strict=True):
+        _address(name, x)
 
 
 def _packed_addresses(tensors: Sequence[Tensor | None]) -> bytes:
-    return struct.pack(f"{len(tensors)}Q", *_addresses(tensors))
+    return struct.pack(f"{len(INPUTS)}Q", *map(_address, INPUTS, tensors))
 
 
 def _sequences(batch: int, cu_seqlens: Tensor | None) -> int:
@@ -178,7 +210,7 @@ def _pool_reason(state_pool: Tensor) -> str | None:
     if state_pool.stride()[2:] != (128, 1) or (state_pool.shape[1] > 1 and state_pool.stride(1) != 128 * 128):
         return f"state_pool has strides {state_pool.stride()}: the kernel takes dense rows"
     per_16_bytes = 16 // state_pool.element_size()
-    if state_pool.stride(0) % per_16_bytes != 0 or state_pool.storage_offset() % per_16_bytes != 0:
+    if state_pool.stride(0) % per_16_bytes != 0 or _address("state_pool", state_pool) % 16 != 0:
         return "state_pool is not aligned to 16 bytes"
     return None
 
@@ -215,18 +247,18 @@ def recurrent_kda_paged_reason(
     return None
 
 
-def _loadable_view(x: Tensor, elements: int = 4) -> tuple[Tensor, _View]:
+def _loadable_view(name: str, x: Tensor, elements: int = 4) -> tuple[Tensor, _View]:
     """x of [B, T, H, D], or a copy where D is not contiguous or not aligned to loads of that many elements."""
-    address, (batch, token, head, last) = x.data_ptr(), x.stride()
+    address, (batch, token, head, last) = _address(name, x), x.stride()
     if last != 1 or (batch | token | head) % elements != 0 or address % (elements * x.element_size()) != 0:
         x = x.clone(memory_format=torch.contiguous_format)
         address, (batch, token, head, last) = x.data_ptr(), x.stride()
     return x, (address, batch, token, head)
 
 
-def _indices(x: Tensor | None) -> tuple[int, int, bool]:
+def _indices(name: str, x: Tensor | None) -> tuple[int, int, bool]:
     """The address of x, its first stride and whether it is int64."""
-    return (0, 0, False) if x is None else (x.data_ptr(), x.stride(0), x.dtype is torch.int64)
+    return (0, 0, False) if x is None else (_address(name, x), x.stride(0), x.dtype is torch.int64)
 
 
 def recurrent_kda_paged(
@@ -253,10 +285,11 @@ def recurrent_kda_paged(
     """
     device, dtypes = q.device, _dtypes()
     # A copy is freed as this returns, in the order of the current stream, where the kernel runs.
-    q, q_view = _loadable_view(q)
-    k, k_view = _loadable_view(k)
-    v, v_view = _loadable_view(v, elements=1)
-    g, g_view = _loadable_view(g)
+    q, q_view = _loadable_view("q", q)
+    k, k_view = _loadable_view("k", k)
+    v, v_view = _loadable_view("v", v, elements=1)
+    g, g_view = _loadable_view("g", g)
+    _address("A_log", A_log), _address("dt_bias", dt_bias)  # as they came
     A_log = None if A_log is None else _dense_float(A_log)
     dt_bias = None if dt_bias is None else _aligned(_dense_float(dt_bias))
     slots, slot_stride = 0, 0
@@ -272,17 +305,17 @@ def recurrent_kda_paged(
         k_view,
         v_view,
         g_view,
-        (beta.data_ptr(), *beta.stride()),
-        state_pool.data_ptr(),
+        (_address("beta", beta), *beta.stride()),
+        _address("state_pool", state_pool),
         state_pool.shape[0],
         state_pool.stride(0),
-        _indices(state_indices),
+        _indices("state_indices", state_indices),
         slots,
         slot_stride,
-        _indices(num_accepted_tokens),
-        _indices(cu_seqlens),
-        _address(A_log),
-        _address(dt_bias),
+        _indices("num_accepted_tokens", num_accepted_tokens),
+        _indices("cu_seqlens", cu_seqlens),
+        _address("A_log", A_log),
+        _address("dt_bias", dt_bias),
         _sequences(batch, cu_seqlens),
         tokens,
         heads,
@@ -457,6 +490,7 @@ def _readable(plan: ChunkPlan, tensors: Sequence[Tensor | None]) -> Sequence[Ten
     for i in plan.copies:
         x = read[i]
         assert x is not None
+        _address(INPUTS[i], x)  # as it came, since a copy of freed storage is an illegal access as well
         read[i] = _dense_float(x) if i in _PARAMETERS else x.clone(memory_format=torch.contiguous_format)
     return read
 
@@ -485,10 +519,10 @@ def chunk_kda(
         plan.device,
         plan.params,
         addresses,
-        o.data_ptr(),
-        _address(final_state),
+        _address("o", o),
+        _address("final_state", final_state),
         batch_invariant,
-        _address(workspace),
+        _address("workspace", workspace),
     )
 
 
@@ -505,7 +539,7 @@ def chunk_kda_transition(plan: ChunkPlan, M: Tensor, B: Tensor, tensors: Sequenc
         _packed_addresses(tensors),
         M.data_ptr(),
         B.data_ptr(),
-        _address(workspace),
+        _address("workspace", workspace),
     )
 
 
@@ -550,17 +584,17 @@ def chunk_kda_paged(
         plan.params,
         _packed_addresses(tensors),
         o.data_ptr(),
-        state_pool.data_ptr(),
+        _address("state_pool", state_pool),
         _dtypes()[state_pool.dtype],
         state_pool.shape[0],
         state_pool.stride(0),
-        _indices(state_indices),
-        _address(has_initial_state),
+        _indices("state_indices", state_indices),
+        _address("has_initial_state", has_initial_state),
         checkpoints,
-        _indices(checkpoint_offsets),
-        _indices(checkpoint_indices),
+        _indices("checkpoint_offsets", checkpoint_offsets),
+        _indices("checkpoint_indices", checkpoint_indices),
         batch_invariant,
-        _address(workspace),
+        _address("workspace", workspace),
     )
 
 
@@ -581,6 +615,7 @@ def chunk_kda_backward(
     v = tensors[2]
     assert v is not None
     do = v.new_zeros(v.shape) if do is None else do
+    _address("do", do), _address("dht", dht)  # as they came
     strides = _tma_strides(do)
     if strides is None:
         do = do.clone(memory_format=torch.contiguous_format)
@@ -600,8 +635,8 @@ def chunk_kda_backward(
         _packed_addresses(tensors),
         do.data_ptr(),
         strides,
-        _address(dht),
-        _addresses(written),
+        _address("dht", dht),
+        [0 if x is None else x.data_ptr() for x in written],
         may_use_clusters(),
         workspace.data_ptr(),
     )

@@ -122,12 +122,40 @@ NOT_PLAIN: dict[str, Callable[[], object]] = {
     "left behind by vmap": lambda: left_behind(torch.func.vmap),
     "left behind by grad": lambda: left_behind(torch.func.grad),
     "no tensor": lambda: 3,
+    "zeros that are stored nowhere": lambda: torch._efficientzerotensor(3),
 }
 
 
 @pytest.mark.parametrize("what", NOT_PLAIN)
 def test_what_is_more_or_less_than_a_plain_tensor_is_not_read(what: str, reader: None) -> None:
     assert cuda.read((torch.zeros(3), NOT_PLAIN[what]())) is None  # type: ignore[arg-type]
+
+
+def without_storage(x: Tensor) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("name", [*TOKENS, "A_log", "dt_bias"])
+def test_a_tensor_whose_storage_was_freed_is_an_error(name: str, reader: None) -> None:
+    call = case()
+    chunk_kda(**call)  # there is a plan for the calls like it
+    freed = {**call, name: without_storage(call[name])}
+    for op in (chunk_kda, torch.ops.flashkda.chunk_kda):
+        with pytest.raises(ValueError, match=f"{name} must have storage"):
+            op(**freed)
+    empty = {name: x[:0] if name in (*TOKENS, "initial_state") else x for name, x in call.items()}
+    assert chunk_kda(**empty)[0].shape[0] == 0  # which has no storage either
+
+
+def test_zeros_that_are_stored_nowhere_are_zeros(reader: None) -> None:
+    call = case()
+    for name in TOKENS:
+        nowhere = torch._efficientzerotensor(call[name].shape, dtype=call[name].dtype)
+        expected = chunk_kda(**{**call, name: torch.zeros_like(call[name])})[0]
+        for op in (chunk_kda, torch.ops.flashkda.chunk_kda):
+            assert torch.equal(op(**{**call, name: nowhere})[0], expected)
 
 
 def test_calls_on_what_is_not_read_have_plans(made: list[object]) -> None:

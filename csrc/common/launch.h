@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "common/context.h"
+
 namespace flashkda {
 
 struct Launch {
@@ -57,28 +59,26 @@ cudaError_t allow_shared_bytes(int shared_bytes) {
   return cudaSuccess;
 }
 
-// Whether all clusters of a launch run at the same time. A device is asked once.
+// Whether all clusters of a launch run at the same time where no other kernel runs. A thread asks once a context, since
+// green contexts have some multiprocessors of a device only; such a part has no room for clusters that fill GPCs.
 template <auto kKernel>
 bool has_room_for_clusters(const Launch& launch) {
-  constexpr int kMostDevices = 64;
-  static std::atomic<int> clusters[kMostDevices] = {};  // that run at the same time, and 1
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMostDevices) return false;
-  std::atomic<int>& known = clusters[device];
-  if (known.load() == 0) {
+  thread_local unsigned long long asked = 0;
+  thread_local int clusters = 0;  // that run at the same time
+  const unsigned long long context = current_context_id();
+  if (context == 0 || context != asked) {
     Launch one_cluster = launch;
     one_cluster.grid = dim3(launch.cluster);
     const LaunchConfig configured(one_cluster, nullptr);
-    int found = 0;
-    if (allow_shared_bytes<kKernel>(launch.shared_bytes) != cudaSuccess ||
+    asked = context;
+    if (is_part_of_device() || allow_shared_bytes<kKernel>(launch.shared_bytes) != cudaSuccess ||
         cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
-        cudaOccupancyMaxActiveClusters(&found, kKernel, &configured.config) != cudaSuccess) {
+        cudaOccupancyMaxActiveClusters(&clusters, kKernel, &configured.config) != cudaSuccess) {
       cudaGetLastError();
-      found = 0;
+      clusters = 0;
     }
-    known.store(found + 1);
   }
-  return known.load() > int(launch.grid.x) / launch.cluster;
+  return clusters >= int(launch.grid.x) / launch.cluster;
 }
 
 template <auto kKernel, typename Arguments>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <cutlass/functional.h>
 
 namespace flashkda {
 
@@ -36,6 +37,12 @@ __device__ __forceinline__ float sqrt(float x) {
   float y;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// The larger of two numbers, and NaN where one is, which fmaxf drops: a fault that reaches a gate must show in the
+// result.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  return cutlass::maximum_with_nan_propagation<float>{}(a, b);
 }
 
 __device__ __forceinline__ float exp(float x) { return ex2(x * kLog2e); }

@@ -15,7 +15,7 @@ from flashkda_ops import cuda, padding, segments
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.validation import Sizes, validate_state, validate_tokens
 
-__all__ = ["Plan", "clear", "plan"]
+__all__ = ["Plan", "clear", "plan", "reason"]
 
 _MOST = 1024
 
@@ -65,6 +65,8 @@ def clear() -> None:
 def plan(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], reading: cuda.Reading | None = None) -> Plan:
     """The plan of a call, from the tensors and the options of ``_Call``, and from what has been read of the tensors.
     Raises a ValueError where it is not valid."""
+    if reading is None or reading[2] is None:  # else the extension has looked at the addresses
+        cuda.require_addresses(tensors)
     key = (cuda.layouts(tensors, reading), options)
     found = _plans.get(key)
     if found is None:
@@ -74,13 +76,22 @@ def plan(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], reading: 
     return found
 
 
+def reason(tensors: tuple[Tensor | None, ...], sizes: Sizes) -> str | None:
+    """Why the chunk kernels serve a valid call neither as it is nor with its heads filled up, or None if they do.
+
+    Plans are made by it, and whoever has to say what is served before a call is made asks it too.
+    """
+    return cuda.chunk_kda_reason(*tensors, any_width=True) or padding.reason(sizes)  # type: ignore[arg-type]
+
+
 def _make(call: _Call) -> Plan:
+    cuda.require_addresses(call[:9])
     sizes = validate_tokens(call)
     validate_state("initial_state", call.initial_state, call.q, sizes, call.state_v_first)
     options = KdaOptions.of(call)
-    if not call.q.is_cuda or cuda.chunk_kda_reason(*call[:9]) is not None:
-        padded = call.q.is_cuda and padding.fits(sizes) and cuda.chunk_kda_reason(*call[:9], any_width=True) is None
-        return Plan(sizes, options, None, (1, 1), padded)
+    served = call.q.is_cuda and reason(call[:9], sizes) is None
+    if not served or padding.fits(sizes):
+        return Plan(sizes, options, None, (1, 1), padded=served)
     kernel = cuda.chunk_plan(*call[:9], options, call.state_v_first)
     packed = call.cu_seqlens is not None
     without, with_clusters = (segments.of_call(sizes, packed=packed, clusters=clusters) for clusters in (False, True))

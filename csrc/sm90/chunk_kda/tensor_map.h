@@ -9,24 +9,11 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/context.h"
 #include "params.h"
 #include "sm90/chunk_kda/config.h"
 
 namespace flashkda::chunk_kda {
-
-// The driver's function, found at run time: the extension links no libcuda.
-inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)
-               : nullptr;
-  }();
-  return encoder;
-}
 
 // Boxes of `box_tokens` tokens x 128 bytes of one head, in the 128-byte swizzle. Tokens past the end of the tensor read
 // as zero.
@@ -37,7 +24,7 @@ bool encode_tiles(CUtensorMap* map, const void* base, int batch, int64_t tokens,
   constexpr CUtensorMapDataType type = std::is_same_v<Element, float>    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                        : std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto encoder = tensor_map_encoder();
+  static const auto encoder = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled", 12000);
   if (!encoder) return false;
   const cuuint64_t sizes[4] = {kHeadDim, cuuint64_t(std::max<int64_t>(tokens, 1)), cuuint64_t(heads),
                                cuuint64_t(batch)};

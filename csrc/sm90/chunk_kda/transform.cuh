@@ -35,8 +35,8 @@ struct GateFunction {
       return rcp(fmaf(ex2(fmaf(g, factor, bias)), inverse, inverse));
     } else {
       constexpr float kLowest = kLowestLogDecay * kLog2e * kGateUnit;
-      if (mode == Gate::kPrecomputed) return fmaxf(g * (kLog2e * kGateUnit), kLowest);
-      return fmaxf(softplus_inline(g + bias) * factor, kLowest);
+      if (mode == Gate::kPrecomputed) return max_or_nan(g * (kLog2e * kGateUnit), kLowest);
+      return max_or_nan(softplus_inline(g + bias) * factor, kLowest);
     }
   }
 };

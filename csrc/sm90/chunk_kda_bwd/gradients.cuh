@@ -95,8 +95,8 @@ struct Decay {
   __device__ __forceinline__ float operator()(float z) const {
     constexpr float kLowest = chunk_kda::kLowestLogDecay * kLog2e;
     if (mode == Gate::kBounded) return bound * kLog2e * rcp(1.f + ex2(-rate * kLog2e * z));
-    if (mode == Gate::kPrecomputed) return fmaxf(z * kLog2e, kLowest);
-    return fmaxf(-rate * kLog2e * softplus_inline(z), kLowest);
+    if (mode == Gate::kPrecomputed) return max_or_nan(z * kLog2e, kLowest);
+    return max_or_nan(-rate * kLog2e * softplus_inline(z), kLowest);
   }
   // The gradients by z and, as `by_rate`, by A_log, where `d` is that by the log decay.
   __device__ __forceinline__ float backward(float z, float d, float& by_rate) const {
@@ -918,7 +918,7 @@ __device__ void differentiate(const GradientArguments& arguments, uint32_t share
       for (int i = 0; i < 8; ++i) sum += load_shared<float>(shared + L::kSums + ((which * 8 + i) * kTile + token) * 4);
       if (which < 2) {
         float factor = load_shared<float>(shared + (which ? L::kKeyFactor : L::kQueryFactor) + token * 4);
-        if (which == 0) factor /= p.scale;
+        if (which == 0) factor = p.scale == 0.f ? 0.f : factor / p.scale;  // 0 / 0 where nothing of q is read
         store_shared(shared + L::kTotals + thread * 4, p.qk_l2norm ? sum * factor * factor : 0.f);
       } else if (p.dbeta && token < valid) {
 #pragma unroll

@@ -2,18 +2,18 @@
 // that no sequence has.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "common/memory.cuh"
+#include "common/warp.cuh"
 #include "params.h"
 #include "sm90/chunk_kda_bwd/config.h"
 
 namespace flashkda::chunk_kda_bwd {
 
-constexpr int kSumBlocks = 8;  // of a cluster, which sums a value head
+constexpr int kSumParts = 4;  // of the channels of a value head, a block each
 constexpr int kSumThreads = 512;
 constexpr int kSumWarps = kSumThreads / 32;
 constexpr int kRowsThreads = 256;
@@ -34,59 +34,54 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Gradients of A_log and dt_bias of one value head. A warp sums every 128th tile, a lane 4 channels; then the warps of
-// a block, then the blocks.
-__global__ void __cluster_dims__(kSumBlocks) __launch_bounds__(kSumThreads)
-    gate_sums_kernel(const __grid_constant__ ReduceArguments arguments) {
-  __shared__ float4 warp_bias[kSumWarps][32];
+// Gradients of A_log and dt_bias: a block sums a part of the channels of one value head over all tiles, and the first
+// part's block sums A_log. No block waits for another one, so the sums end on a single multiprocessor, too. A lane
+// reads 4 channels, kLanesOfTile lanes a tile; lanes, then warps are added in a fixed order.
+__global__ void __launch_bounds__(kSumThreads) gate_sums_kernel(const __grid_constant__ ReduceArguments arguments) {
+  constexpr int kLanesOfTile = kHeadDim / kSumParts / 4;
+  constexpr int kTilesAtOnce = kSumThreads / kLanesOfTile;
+  __shared__ float4 warp_bias[kSumWarps][kLanesOfTile];
   __shared__ float warp_A_log[kSumWarps];
-  __shared__ float4 block_bias[32];
-  __shared__ float block_A_log;
   const ChunkKdaBwdParams& p = arguments.p;
   const WorkspaceLayout& layout = arguments.plan.workspace;
-  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
-  const int rank = cluster.block_rank(), head = blockIdx.x / kSumBlocks;
+  const int part = blockIdx.x % kSumParts, head = blockIdx.x / kSumParts;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int tiles =
       p.cu_seqlens ? in_workspace<int32_t>(arguments, layout.tile_offsets)[p.sequences] : int(arguments.plan.tiles);
+  const int channels = part * kLanesOfTile + thread % kLanesOfTile;  // in fours
+  const bool sums_A_log = p.dA_log && part == 0;
 
   float4 bias = make_float4(0, 0, 0, 0);
   float A_log = 0;
   if (p.d_dt_bias) {
     const float4* partials = in_workspace<float4>(arguments, layout.bias_partials);
 #pragma unroll 4
-    for (int tile = rank * kSumWarps + warp; tile < tiles; tile += kSumBlocks * kSumWarps)
-      bias = bias + partials[(int64_t(tile) * p.value_heads + head) * 32 + lane];
+    for (int tile = thread / kLanesOfTile; tile < tiles; tile += kTilesAtOnce)
+      bias = bias + partials[(int64_t(tile) * p.value_heads + head) * (kHeadDim / 4) + channels];
   }
-  if (p.dA_log) {
+  if (sums_A_log) {
     const float* partials = in_workspace<float>(arguments, layout.A_log_partials);
-    for (int tile = rank * kSumThreads + thread; tile < tiles; tile += kSumBlocks * kSumThreads)
-      A_log += partials[int64_t(tile) * p.value_heads + head];
-    for (int offset = 16; offset > 0; offset /= 2) A_log += __shfl_xor_sync(0xffffffffu, A_log, offset);
+    for (int tile = thread; tile < tiles; tile += kSumThreads) A_log += partials[int64_t(tile) * p.value_heads + head];
   }
-  warp_bias[warp][lane] = bias;
+#pragma unroll
+  for (int distance = 16; distance >= kLanesOfTile; distance /= 2) {
+    bias =
+        bias + make_float4(__shfl_xor_sync(kFullWarp, bias.x, distance), __shfl_xor_sync(kFullWarp, bias.y, distance),
+                           __shfl_xor_sync(kFullWarp, bias.z, distance), __shfl_xor_sync(kFullWarp, bias.w, distance));
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) A_log += __shfl_xor_sync(kFullWarp, A_log, distance);
+  if (lane < kLanesOfTile) warp_bias[warp][lane] = bias;
   if (lane == 0) warp_A_log[warp] = A_log;
   __syncthreads();
-  if (warp == 0) {
-    bias = warp_bias[0][lane];
-    A_log = warp_A_log[0];
-    for (int w = 1; w < kSumWarps; ++w) {
-      bias = bias + warp_bias[w][lane];
-      A_log += warp_A_log[w];
-    }
-    block_bias[lane] = bias;
-    if (lane == 0) block_A_log = A_log;
+  if (thread < kLanesOfTile && p.d_dt_bias) {
+    for (int w = 1; w < kSumWarps; ++w) bias = bias + warp_bias[w][thread];
+    reinterpret_cast<float4*>(p.d_dt_bias)[head * (kHeadDim / 4) + channels] = bias;
   }
-  cluster.sync();
-  if (rank == 0 && warp == 0) {
-    for (int block = 1; block < kSumBlocks; ++block) {
-      bias = bias + *cluster.map_shared_rank(&block_bias[lane], block);
-      A_log += *cluster.map_shared_rank(&block_A_log, block);
-    }
-    if (p.d_dt_bias) reinterpret_cast<float4*>(p.d_dt_bias)[head * 32 + lane] = bias;
-    if (p.dA_log && lane == 0) p.dA_log[head] = A_log;
+  if (thread == 0 && sums_A_log) {
+    for (int w = 1; w < kSumWarps; ++w) A_log += warp_A_log[w];
+    p.dA_log[head] = A_log;
   }
-  cluster.sync();  // a block's shared memory outlives its readers
 }
 
 // Rows of a gradient that are in no sequence: those before begin and from end on. A row is `pieces` Pieces.
@@ -159,7 +154,7 @@ template <typename T>
 cudaError_t launch_reduce(const ChunkKdaBwdParams& p, const Plan& plan, cudaStream_t stream) {
   const ReduceArguments arguments = {p, plan};
   if (p.dA_log || p.d_dt_bias) {
-    gate_sums_kernel<<<p.value_heads * kSumBlocks, kSumThreads, 0, stream>>>(arguments);
+    gate_sums_kernel<<<p.value_heads * kSumParts, kSumThreads, 0, stream>>>(arguments);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }

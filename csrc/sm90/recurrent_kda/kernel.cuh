@@ -91,6 +91,38 @@ struct SharedStep {
   float beta, qk;
 };
 
+// The tokens of a sequence, and of all sequences, from an entry of cu_seqlens to another.
+struct PackedTokens {
+  int begin, end;   // of this sequence
+  int first, last;  // of all
+};
+
+// cu_seqlens as every op reads it: within the tokens there are, and never decreasing, so that no token is two
+// sequences'. An entry is the largest of those up to it. By all threads of a CTA.
+__device__ __forceinline__ PackedTokens packed_tokens(const RecurrentKdaParams& p, int sequence) {
+  __shared__ int2 warp_largest[kTokensWarps];
+  const int thread = threadIdx.x, warp = thread / 32;
+  const auto entry = [&](int i) {
+    const int64_t token = load_index(p.cu_seqlens, i * p.cu_seqlens.stride);
+    return int(token < 0 ? 0 : token < p.tokens ? token : p.tokens);
+  };
+  int upto = 0, all = 0;
+  for (int i = thread; i <= int(p.sequences); i += kTokensThreads) {
+    const int token = entry(i);
+    all = max(all, token);
+    if (i <= sequence) upto = max(upto, token);
+  }
+  upto = __reduce_max_sync(kFullWarp, upto);
+  all = __reduce_max_sync(kFullWarp, all);
+  if (thread % 32 == 0) warp_largest[warp] = make_int2(upto, all);
+  __syncthreads();
+  for (int w = 0; w < kTokensWarps; ++w) {
+    upto = max(upto, warp_largest[w].x);
+    all = max(all, warp_largest[w].y);
+  }
+  return {upto, max(upto, entry(sequence + 1)), entry(0), all};
+}
+
 // Zeros in a CTA's rows of o, for every step-th of `count` tokens.
 template <typename T, int kCtaRows>
 __device__ __forceinline__ void zero_o(const RecurrentKdaParams& p, Token first, int count, int step, int row) {
@@ -126,14 +158,16 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
   Token first = {sequence, 0, head, value_head};
   int length = int(p.tokens);
   if (p.cu_seqlens.values != nullptr) {
-    const auto bound = [&](int64_t i) {
-      const int64_t token = load_index(p.cu_seqlens, i * p.cu_seqlens.stride);
-      return int(token < 0 ? 0 : token < p.tokens ? token : p.tokens);
+    const PackedTokens packed = packed_tokens(p, int(sequence));
+    first = {0, packed.begin, head, value_head};
+    length = packed.end - packed.begin;
+    // Tokens of no sequence, ahead of the first one and behind the last: each sequence zeroes some of them.
+    const auto zero_outside = [&](int begin, int end) {
+      const int mine = begin + int(sequence);
+      zero_o<T, kCtaRows>(p, {0, mine, head, value_head}, end - mine, int(p.sequences), cta_row);
     };
-    const int unused = bound(p.sequences) + int(sequence);  // every sequence zeroes some of the tokens behind the last
-    first = {0, bound(sequence), head, value_head};
-    length = bound(sequence + 1) - int(first.token);
-    zero_o<T, kCtaRows>(p, {0, unused, head, value_head}, int(p.tokens - unused), int(p.sequences), cta_row);
+    zero_outside(0, packed.first);
+    zero_outside(packed.last, int(p.tokens));
     if (length <= 0) return;
   }
 
