@@ -15,18 +15,27 @@ from torch import Tensor
 
 from flashkda_ops.validation import Sizes
 
-__all__ = ["WIDTH", "fits", "narrowed_gradients", "narrowed_state", "widened"]
+__all__ = ["NARROWEST", "WIDTH", "fits", "narrowed_gradients", "narrowed_state", "reason", "widened"]
 
 WIDTH = 128
 """Channels of the kernels, of K and of V."""
 
-_NARROWEST = 64  # with fewer channels, most of the work would be on what is filled in
+NARROWEST = 64
+"""The fewest channels that are filled up: with fewer, most of the work would be on what is filled in."""
+
 _RAW_GATE, _LOG_DECAY = 20.0, -10.0  # what forgets, before and after the gate
 
 
 def fits(s: Sizes) -> bool:
     """Whether filling up makes heads that the kernels may serve."""
-    return all(_NARROWEST <= width <= WIDTH for width in (s.K, s.V)) and (s.K, s.V) != (WIDTH, WIDTH)
+    return all(NARROWEST <= width <= WIDTH for width in (s.K, s.V)) and (s.K, s.V) != (WIDTH, WIDTH)
+
+
+def reason(s: Sizes) -> str | None:
+    """Why the chunk kernels serve these heads neither as they are nor filled up, or None if they do."""
+    if (s.K, s.V) == (WIDTH, WIDTH) or fits(s):
+        return None
+    return f"K={s.K}, V={s.V}: the kernels serve {NARROWEST} to {WIDTH} channels"
 
 
 def _filled(x: Tensor, width: int = WIDTH, value: float = 0.0) -> Tensor:
