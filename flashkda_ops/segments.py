@@ -33,7 +33,7 @@ __all__ = ["Gates", "Layout", "applied", "composed", "count", "entered", "gradie
 
 
 class _Maps(NamedTuple):
-    """Maps, and which of them forget what comes before ``[..., 1, 1]``; None where it is known that none does."""
+    """Maps, and which of them forget what comes before ``[..., n, 1, 1]``; None where it is known that none does."""
 
     maps: Tensor  # [..., K, K + V]
     forgets: Tensor | None
@@ -59,8 +59,8 @@ class _Maps(NamedTuple):
 
 
 def _maps(maps: Tensor, packed: bool) -> _Maps:
-    """Maps of packed sequences may forget. A map that forgets by its gates, with an M of zeros, may be taken for one of
-    those: it makes the same of every finite state."""
+    """Maps that come from other ranks, which say by an M of zeros that they forget. One that forgets by its gates may be
+    taken for one of those: it makes the same of every finite state."""
     return _Maps(maps, ~maps[..., : maps.shape[-2]].any(-1).any(-1)[..., None, None] if packed else None)
 
 
@@ -205,7 +205,7 @@ class _Dense:
         self.spans, T = q.shape[:2]
         self.n = segments
         self.first, self.last = rank == 0, rank == ranks - 1
-        self.cu_seqlens = None
+        self.cu_seqlens = self.forgets = None
         if segments > 1:  # of the rows behind each other
             if T > 0 and T % segments == 0:
                 self.cu_seqlens = torch.arange(0, self.spans * T + 1, T // segments, device=q.device)
@@ -299,6 +299,7 @@ class _Packed:
         # [n]: a sequence goes on from this segment to the next; it came from the one before, too
         self.goes_on = self.crosses[1:]
         self.goes_through = self.crosses[:-1] & self.goes_on & (owner[:-1] == owner[1:])
+        self.forgets = ~self.goes_through.view(-1, 1, 1)
         start = torch.where(self.goes_on, torch.maximum(first_token[1:], bounds[:-1]), bounds[1:])
         # The part of each segment that goes on, behind all that does not.
         self.parts = F.pad(torch.stack((start, bounds[1:]), 1).flatten() - low, (1, 0))
@@ -414,7 +415,7 @@ def entered(
     own = initial_state.mT if initial_state is not None and v_first else initial_state
     M, B = layout.maps(tokens, gates, own)
     maps = torch.cat((_by_span(M, layout), _by_span(B, layout)), -1)
-    levels = _levels(_maps(maps, layout.packed))
+    levels = _levels(_Maps(maps, layout.forgets))
     S = layout.entering(incoming(layout.message(levels[-1].maps.squeeze(-3), own)), own)
     initial = layout.initial_states(_by_segment(_states_before(levels, S)), own)
     return M, (initial.mT if v_first else initial).contiguous()
@@ -445,7 +446,7 @@ def gradients(
     C = C.mT if v_first else C
     # From the last segment to the first.
     maps = torch.cat((_by_span(M.mT, layout), _by_span(C, layout)), -1).flip(-3)
-    levels = _levels(_maps(maps, layout.packed))
+    levels = _levels(_Maps(maps, None if layout.forgets is None else layout.forgets.flip(0)))
     dS = _by_segment(_states_before(levels, incoming(levels[-1].maps.squeeze(-3))).flip(-3))
     dpieces = layout.of_leaving(dpieces, dS.mT if v_first else dS)
     *grads, dinitial = backward(do, dpieces, *arguments, needed)

@@ -98,29 +98,39 @@ struct PackedTokens {
 };
 
 // cu_seqlens as every op reads it: within the tokens there are, and never decreasing, so that no token is two
-// sequences'. An entry is the largest of those up to it. By all threads of a CTA.
+// sequences'. An entry is the largest of those up to it, as each CTA finds for itself: a thread's loads are on their
+// way together, so that they cost little more than the one entry that a CTA would need if all were well formed.
+template <typename Index>
 __device__ __forceinline__ PackedTokens packed_tokens(const RecurrentKdaParams& p, int sequence) {
   __shared__ int2 warp_largest[kTokensWarps];
-  const int thread = threadIdx.x, warp = thread / 32;
+  constexpr int kTogether = 4;
+  const int thread = threadIdx.x, warp = thread / 32, entries = int(p.sequences) + 1;
   const auto entry = [&](int i) {
-    const int64_t token = load_index(p.cu_seqlens, i * p.cu_seqlens.stride);
+    const Index token = __ldg(static_cast<const Index*>(p.cu_seqlens.values) + i * p.cu_seqlens.stride);
     return int(token < 0 ? 0 : token < p.tokens ? token : p.tokens);
   };
+  const int first = entry(0), next = entry(sequence + 1);
   int upto = 0, all = 0;
-  for (int i = thread; i <= int(p.sequences); i += kTokensThreads) {
-    const int token = entry(i);
-    all = max(all, token);
-    if (i <= sequence) upto = max(upto, token);
+  for (int begin = thread; begin < entries; begin += kTogether * kTokensThreads) {
+    int tokens[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) tokens[j] = entry(min(begin + j * kTokensThreads, entries - 1));
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      all = max(all, tokens[j]);
+      if (begin + j * kTokensThreads <= sequence) upto = max(upto, tokens[j]);
+    }
   }
   upto = __reduce_max_sync(kFullWarp, upto);
   all = __reduce_max_sync(kFullWarp, all);
   if (thread % 32 == 0) warp_largest[warp] = make_int2(upto, all);
   __syncthreads();
+#pragma unroll
   for (int w = 0; w < kTokensWarps; ++w) {
     upto = max(upto, warp_largest[w].x);
     all = max(all, warp_largest[w].y);
   }
-  return {upto, max(upto, entry(sequence + 1)), entry(0), all};
+  return {upto, max(upto, next), first, all};
 }
 
 // Zeros in a CTA's rows of o, for every step-th of `count` tokens.
@@ -154,11 +164,22 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
   const int channel = 4 * lane;
   overlap_launches();
 
+  // The row to start from is on its way beside cu_seqlens: the state waits for both.
+  const auto slot_at = [&](int64_t column) {
+    return load_index(p.state_indices, sequence * p.state_indices.stride + column * p.slot_stride);
+  };
+  int64_t column = 0;
+  if (p.num_accepted_tokens.values != nullptr)
+    column = load_index(p.num_accepted_tokens, sequence * p.num_accepted_tokens.stride) - 1;
+  const bool is_column = p.slots == 0 || (column >= 0 && column < p.slots);
+  const int64_t start = is_column ? slot_at(column) : -1;
+
   // This sequence's tokens, in bounds whatever cu_seqlens holds.
   Token first = {sequence, 0, head, value_head};
   int length = int(p.tokens);
   if (p.cu_seqlens.values != nullptr) {
-    const PackedTokens packed = packed_tokens(p, int(sequence));
+    const PackedTokens packed =
+        p.cu_seqlens.is_64bit ? packed_tokens<int64_t>(p, int(sequence)) : packed_tokens<int32_t>(p, int(sequence));
     first = {0, packed.begin, head, value_head};
     length = packed.end - packed.begin;
     // Tokens of no sequence, ahead of the first one and behind the last: each sequence zeroes some of them.
@@ -170,15 +191,6 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
     zero_outside(packed.last, int(p.tokens));
     if (length <= 0) return;
   }
-
-  const auto slot_at = [&](int64_t column) {
-    return load_index(p.state_indices, sequence * p.state_indices.stride + column * p.slot_stride);
-  };
-  int64_t column = 0;
-  if (p.num_accepted_tokens.values != nullptr)
-    column = load_index(p.num_accepted_tokens, sequence * p.num_accepted_tokens.stride) - 1;
-  const bool is_column = p.slots == 0 || (column >= 0 && column < p.slots);
-  const int64_t start = is_column ? slot_at(column) : -1;
   if (!is_row(p, start)) {
     zero_o<T, kCtaRows>(p, first, length, 1, cta_row);
     return;
