@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
   const int channel = 4 * lane;
   overlap_launches();
 
-  // The row to start from is on its way beside cu_seqlens: the state waits for both.
+  // The state is on its way before it is known whether the sequence has tokens: cu_seqlens is read meanwhile.
   const auto slot_at = [&](int64_t column) {
     return load_index(p.state_indices, sequence * p.state_indices.stride + column * p.slot_stride);
   };
@@ -173,6 +173,10 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
     column = load_index(p.num_accepted_tokens, sequence * p.num_accepted_tokens.stride) - 1;
   const bool is_column = p.slots == 0 || (column >= 0 && column < p.slots);
   const int64_t start = is_column ? slot_at(column) : -1;
+  const bool is_padding = !is_row(p, start);
+  State* const states = static_cast<State*>(p.state_pool) + StateTile::offset(value_head, cta_row);
+  StateTile tile(warp, lane, shared_tile);
+  tile.load(states + start * p.pool_stride, is_padding);
 
   // This sequence's tokens, in bounds whatever cu_seqlens holds.
   Token first = {sequence, 0, head, value_head};
@@ -189,16 +193,12 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
     };
     zero_outside(0, packed.first);
     zero_outside(packed.last, int(p.tokens));
-    if (length <= 0) return;
   }
-  if (!is_row(p, start)) {
+  if (length <= 0 || is_padding) {
     zero_o<T, kCtaRows>(p, first, length, 1, cta_row);
+    wait_for_copies();
     return;
   }
-  State* const states = static_cast<State*>(p.state_pool) + StateTile::offset(value_head, cta_row);
-  StateTile tile(warp, lane, shared_tile);
-  tile.load(states + start * p.pool_stride, false);
-
   const auto prepare_step = [&](int position) {
     SharedStep<kCtaRows>& shared = steps[warp];
     const Token token = {first.batch, first.token + position, head, value_head};
