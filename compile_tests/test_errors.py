@@ -45,6 +45,24 @@ def test_the_text_of_eager_is_inside_the_error_of_compile(case: str) -> None:
     assert str(eager.value) in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [{"cu_seqlens": [0, 5]}, {"initial_state": [0.0]}, {"q": None}, {"v": 1.0}], ids=str)
+def test_a_recurrent_call_names_what_is_no_tensor_under_compile(change: Call) -> None:
+    call = make_call(5, initial_state=True) | change
+    with pytest.raises(ValueError) as eager:
+        flashkda_ops.recurrent_kda(**call)
+    with pytest.raises(Exception) as caught:
+        torch.compile(lambda call: flashkda_ops.recurrent_kda(**call), fullgraph=True, backend="eager")(call)
+    assert str(eager.value) in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [flashkda_ops.chunk_kda, flashkda_ops.recurrent_kda], ids=["chunk", "recurrent"])
+@pytest.mark.parametrize("argument", ["cu_seqlens", "beta", "scale", "use_gate_in_kernel"])
+def test_an_argument_of_another_type_is_named_under_compile(function: Any, argument: str) -> None:
+    call = make_call(5) | {argument: "text"}
+    with pytest.raises(Exception, match=argument):
+        torch.compile(lambda call: function(**call), fullgraph=True, backend="eager")(call)
+
+
 def test_a_recurrent_call_names_its_initial_state_under_compile() -> None:
     call = make_call(5, B=3, initial_state=True)
     call["initial_state"] = call["initial_state"][:2]

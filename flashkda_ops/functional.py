@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashkda_ops.ops import chunk_kda as _chunk
 from flashkda_ops.ops import eager, rules
-from flashkda_ops.validation import state_dtype, validate_state, validate_tokens
+from flashkda_ops.validation import require_tensor, require_types, state_dtype, validate_state, validate_tokens
 
 __all__ = ["chunk_kda", "chunk_kda_paged", "recurrent_kda", "recurrent_kda_paged"]
 
@@ -129,7 +129,7 @@ def chunk_kda(
     if torch.compiler.is_compiling():
         o, final_state, states = torch.ops.flashkda.chunk_kda.default(*args)
     elif torch._C._are_functorch_transforms_active():
-        o, final_state, states = rules.TransformedChunkKDA.apply(*rules.autocast(args))
+        o, final_state, states = eager.transformed_chunk_kda(*args)
     else:
         o, final_state, states = eager.chunk_kda(*args)
     final = final_state if output_final_state else None
@@ -160,8 +160,8 @@ def recurrent_kda(
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention for a few tokens a sequence, with the keywords of fla's ``fused_recurrent_kda``.
 
-    Takes and returns what :func:`chunk_kda` does; ``initial_state`` is left as it is. Not differentiable. A decode loop
-    that keeps its states in place calls :func:`recurrent_kda_paged` instead.
+    Takes and returns what :func:`chunk_kda` does; ``initial_state`` is left as it is. Not differentiable: a backward
+    pass through it raises. A decode loop that keeps its states in place calls :func:`recurrent_kda_paged` instead.
 
     Raises:
         ValueError: naming the argument that is not as described.
@@ -169,14 +169,24 @@ def recurrent_kda(
     if not use_gate_in_kernel:
         A_log = dt_bias = lower_bound = None
     state_v_first = _state_v_first(state_v_first, transpose_state_layout)
-    if not torch.compiler.is_compiling():  # the op knows the states as its pool and does not require a row a sequence
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling:  # what is traced sees these checks alone: of what this function itself looks at
+        require_tensor("q", q)
+        require_tensor("v", v)
+        require_tensor("cu_seqlens", cu_seqlens, optional=True)
+        require_tensor("initial_state", initial_state, optional=True)
+    else:  # the op knows the states as its pool and does not require a row a sequence
         call = _chunk.Arguments(
-            q, k, v, g, beta, A_log, dt_bias, cu_seqlens=cu_seqlens, use_gate_in_kernel=use_gate_in_kernel,
+            q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, use_gate_in_kernel=use_gate_in_kernel,
             use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
             lower_bound=lower_bound,
         )  # fmt: skip
-        sizes = validate_tokens(call)
-        validate_state("initial_state", initial_state, q, sizes, state_v_first)
+        try:
+            sizes = validate_tokens(call)
+            validate_state("initial_state", initial_state, q, sizes, state_v_first)
+        except eager.UNEXPLAINED as error:
+            require_types(_chunk.op, call, error)
+            raise
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
         K, (HV, V) = q.shape[-1], v.shape[-2:]
@@ -185,14 +195,20 @@ def recurrent_kda(
     else:
         if initial_state.shape[0] != sequences:  # what is traced sees this check alone
             raise ValueError("initial_state must have one row a sequence")
-        states = initial_state.detach().clone(memory_format=torch.contiguous_format)
+        states = initial_state.clone(memory_format=torch.contiguous_format)
     rows = torch.arange(sequences, device=q.device, dtype=torch.int32)
-    op = torch.ops.flashkda.recurrent_kda_paged.default if torch.compiler.is_compiling() else eager.recurrent_kda_paged
+    op = torch.ops.flashkda.recurrent_kda_paged.default if is_compiling else eager.recurrent_kda_paged
     o = op(
         q, k, v, g, beta, states, rows, A_log, dt_bias, cu_seqlens, None, scale, use_qk_l2norm_in_kernel,
         use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound, state_v_first, validate,
     )  # fmt: skip
-    return o, states if output_final_state else None
+    if not output_final_state:
+        return o, None
+    if o.requires_grad:  # autograd does not know that the states were written
+        if is_compiling:
+            raise RuntimeError("recurrent_kda has no gradient: call what is compiled under torch.no_grad")
+        states = rules.without_gradient("flashkda::recurrent_kda_paged", states, o)
+    return o, states
 
 
 def chunk_kda_paged(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import is_tensor_like
 
 from flashkda_ops.options import Call
 
@@ -51,7 +52,8 @@ def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    *others, last = (str(d).removeprefix("torch.") for d in dtypes)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def require_shape(name: str, x: Tensor, letters: str, *shape: int) -> None:
@@ -74,6 +76,41 @@ def _fits(x: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], de
 
 def _sizes(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
+def require_tensor(name: str, x: object, *, optional: bool = False) -> None:
+    _require_kind(name, x, "Optional[Tensor]" if optional else "Tensor")
+
+
+def _require_kind(name: str, x: object, kind: str, error: Exception | None = None) -> None:
+    """``x`` is something that torch takes as an argument of a type of its schemas."""
+    optional = kind.startswith("Optional[")
+    if optional and x is None:
+        return
+    kind = kind.removeprefix("Optional[").removesuffix("]")
+    if not (is_tensor_like(x) if kind == "Tensor" else _is_number(x)):
+        expected = {"Tensor": "a Tensor", "bool": "a bool"}.get(kind, "a number") + (" or None" if optional else "")
+        given = "None" if x is None else "Tensor" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be {expected}, got {given}") from error
+
+
+def _is_number(x: Any) -> bool:
+    if isinstance(x, (str, bytes)):
+        return False
+    try:
+        float(x)
+    except Exception:
+        return False
+    return True
+
+
+def require_types(op: Any, args: Sequence[object], error: Exception | None = None) -> None:
+    """The arguments have the types of the op's schema; ``error`` is what came of it where they were found not to.
+
+    Most calls look only once they have failed: torch takes more types than are easily told.
+    """
+    for argument, x in zip(op._opoverload._schema.arguments, args, strict=False):
+        _require_kind(argument.name, x, str(argument.type), error)
 
 
 def require_dtype(
@@ -327,6 +364,6 @@ def check_slots(
             if longest > width:
                 raise ValueError(f"state_indices must have a slot a token, got {width} for a sequence of {longest}")
         if num_accepted_tokens is not None:
-            for n in num_accepted_tokens.tolist():
-                if not 1 <= n <= width:
-                    raise ValueError(f"num_accepted_tokens must be in [1, {width}], got {n}")
+            for n, row in zip(num_accepted_tokens.tolist(), state_indices.tolist(), strict=True):
+                if not 0 <= n <= width and any(0 <= slot < rows for slot in row):
+                    raise ValueError(f"num_accepted_tokens must be in [1, {width}], or 0 for padding, got {n}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import TOKENS, Call, make_call, paged
@@ -13,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import flashkda_ops
-from flashkda_ops import validation
+from flashkda_ops import portable, validation
 
 Change = Callable[[Call], Call]
 N = 3
@@ -282,6 +284,52 @@ def test_no_argument_may_be_on_another_device(name: str) -> None:
                 assert message(lambda way=way, mixed=mixed: way(mixed)).startswith(f"{argument} must be on cpu"), (
                     argument
                 )
+
+
+BAD_TYPES: dict[str, list[Any]] = {
+    "Tensor": [[0, 1], (0.5,), np.zeros(3), 3, "text", {}],
+    "float": ["text", b"1", "1.0", [1.0], 1j, torch.ones(2)],
+    "bool": ["text", [True], {}],
+}
+PYTHON_FUNCTIONS = ("chunk_kda", "chunk_kda_paged", "recurrent_kda", "recurrent_kda_paged")
+
+
+@pytest.mark.parametrize("name", PYTHON_FUNCTIONS)
+def test_an_argument_of_another_type_is_named_with_what_it_may_be(name: str) -> None:
+    call, function = CALLS[name](), getattr(flashkda_ops, name)
+    call.pop("initial_state", None)  # whose shape would be told from an option, whatever that is
+    op = "recurrent_kda_paged" if name == "recurrent_kda" else name
+    schema = {x.name: str(x.type) for x in getattr(torch.ops.flashkda, op).default._schema.arguments}
+    schema["initial_state"] = "Optional[Tensor]"
+    checked = 0
+    for argument in inspect.signature(function).parameters:
+        kind = schema.get(argument)
+        if kind is None:
+            continue
+        optional = kind.startswith("Optional[")
+        kind = kind.removeprefix("Optional[").removesuffix("]")
+        expected = {"Tensor": "a Tensor", "bool": "a bool", "float": "a number"}[kind] + (
+            " or None" if optional else ""
+        )
+        for value in BAD_TYPES[kind] + ([None] if kind == "Tensor" and not optional else []):
+            bad, what = {**call, argument: value}, "None" if value is None else type(value).__name__
+            text = f"{argument} must be {expected}, got {what}"
+            assert message(lambda bad=bad: function(**bad)) == text
+            assert message(lambda bad=bad: on_fake_tensors(lambda call: function(**call), bad)) == text
+            assert message(lambda bad=bad: torch.vmap(lambda x: function(**bad))(torch.ones(2))) == text
+            checked += 1
+    assert checked > 60
+
+
+@pytest.mark.parametrize("name", PYTHON_FUNCTIONS)
+def test_another_error_than_one_of_types_stays_what_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("none left")
+
+    for path in ("chunk_kda", "recurrent_kda_paged"):
+        monkeypatch.setattr(portable, path, fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="none left"):
+        getattr(flashkda_ops, name)(**CALLS[name]())
 
 
 def test_python_arguments_are_checked_too() -> None:

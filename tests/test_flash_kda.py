@@ -89,7 +89,7 @@ def test_no_gradient_is_recorded() -> None:
         ({"out": torch.empty(2, 70, 2, 16, dtype=torch.float16)}, "out must be float32 where q is float32"),
         ({"out": torch.empty(2, 70, 2, 16, device="meta")}, "out must be on cpu as q is"),
         ({"final_state": torch.empty(3, 2, 16, 16)}, r"final_state must have shape \[N, HV, V, K\]"),
-        ({"initial_state": torch.empty(2, 2, 16, 16, dtype=torch.float16)}, "initial_state must be float32, bfloat16"),
+        ({"initial_state": torch.empty(2, 2, 16, 16, dtype=torch.float16)}, "initial_state must be float32 or bfloat16"),
         ({"lower_bound": 0.0}, r"lower_bound must be in \[-5, 0\)"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

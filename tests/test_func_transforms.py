@@ -1,22 +1,29 @@
-"""``torch.func``: a mapped call is the calls one by one; gradients inside and outside of ``vmap``."""
+"""``torch.func``: a mapped call is the calls one by one; gradients inside and outside of ``vmap``. Derivatives that the
+ops do not have are errors that say so."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import DIFFERENTIABLE, Call, error, make_call, paged
+from helpers import DIFFERENTIABLE, Call, cotangents, error, make_call, paged, requiring_grad
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jacrev, jvp, linearize, vmap
 
-from flashkda_ops import chunk_kda, chunk_kda_paged, recurrent_kda_paged
+from flashkda_ops import chunk_kda, chunk_kda_paged, recurrent_kda, recurrent_kda_paged
 from flashkda_ops.integrations import flash_kda
+from flashkda_ops.nn import KimiDeltaAttention
 from flashkda_ops.ops import chunk_kda_transition
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.library, "register_vmap"), reason="torch.library.register_vmap came with torch 2.5"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(torch.library, "register_vmap"), reason="torch.library.register_vmap came with torch 2.5"
+    ),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch's own, of dual tensors
+]
 
 SAMPLES = 3
 TOKENS = {"q": 0, "k": 1, "v": 2, "g": -1, "beta": 0}
@@ -186,3 +193,190 @@ def test_what_the_drop_in_writes_into_is_not_mapped() -> None:
         vmap(lambda q: flash_kda.fwd(q, **tokens, scale=1.0, out=torch.empty_like(call["v"])))(
             torch.stack([call["q"]] * SAMPLES)
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives that the ops do not have
+# ---------------------------------------------------------------------------------------------------------------------
+
+Function = Callable[[Call], Tensor]
+
+
+def states_call() -> Call:
+    return make_call(9, B=2, initial_state=True)
+
+
+def paged_call() -> Call:
+    return paged(make_call(1, B=2), torch.ones(5, 4, 16, 8), torch.tensor([3, 1]))
+
+
+def drop_in_call() -> Call:
+    names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "lower_bound")
+    return {name: x for name, x in states_call().items() if name in names}
+
+
+def drop_in(call: Call) -> Tensor:
+    out = torch.empty_like(call["v"])
+    flash_kda.fwd(**call, scale=0.25, out=out)
+    return out
+
+
+def transition_call() -> Call:
+    return {name: x for name, x in make_call(9, B=2).items() if name != "q"}
+
+
+OPS = torch.ops.flashkda
+NOT_FORWARD: dict[str, tuple[str, Callable[[], Call], Function]] = {
+    "chunk_kda": ("chunk_kda", states_call, lambda call: chunk_kda(**call)[0]),
+    "chunk_kda's state": ("chunk_kda", states_call, lambda call: outputs(call)[1]),
+    "recurrent_kda": ("recurrent_kda_paged", states_call, lambda call: recurrent_kda(**call)[0]),
+    "chunk_kda_paged": ("chunk_kda_paged", paged_call, lambda call: chunk_kda_paged(**call)),
+    "recurrent_kda_paged": ("recurrent_kda_paged", paged_call, lambda call: recurrent_kda_paged(**call)),
+    "flash_kda": ("flash_kda_fwd", drop_in_call, drop_in),
+    "ops.chunk_kda": ("chunk_kda", states_call, lambda call: OPS.chunk_kda(**call)[0]),
+    "ops.chunk_kda_paged": ("chunk_kda_paged", paged_call, lambda call: OPS.chunk_kda_paged(**call)),
+    "ops.recurrent_kda_paged": ("recurrent_kda_paged", paged_call, lambda call: OPS.recurrent_kda_paged(**call)),
+    "ops.chunk_kda_transition": ("chunk_kda_transition", transition_call, lambda c: OPS.chunk_kda_transition(**c)[1]),
+}
+
+
+def with_dual(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def with_dual_and_no_grad(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+    with torch.no_grad():  # of which forward mode takes no notice
+        return with_dual(function, x)
+
+
+FORWARD_MODES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "forward_ad": with_dual,
+    "forward_ad and no_grad": with_dual_and_no_grad,
+    "jvp": lambda function, x: jvp(function, (x,), (torch.ones_like(x),)),
+    "jvp of vmap": lambda function, x: jvp(vmap(function), (torch.stack([x] * 2),), (torch.ones(2, *x.shape),)),
+    "jacfwd": lambda function, x: jacfwd(function)(x),
+    "linearize": lambda function, x: linearize(function, x)[1](torch.ones_like(x)),
+    "vectorized jacobian": lambda function, x: torch.autograd.functional.jacobian(
+        function, x, vectorize=True, strategy="forward-mode"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (name, mode)
+        for name, (op, _, _) in NOT_FORWARD.items()
+        for mode in FORWARD_MODES
+        if mode != "jvp of vmap" or op in ("chunk_kda", "chunk_kda_transition")  # the others are not mapped
+    ],
+)
+def test_a_forward_mode_derivative_is_an_error_in_our_words(name: str, mode: str) -> None:
+    op, make, function = NOT_FORWARD[name]
+    call = make()
+    with pytest.raises(NotImplementedError, match=f"flashkda::{op} has no forward-mode derivative"):
+        FORWARD_MODES[mode](lambda v: function({**call, "v": v}), call["v"])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", NOT_FORWARD)
+def test_a_tangent_of_any_argument_is_seen(name: str, requires_grad: bool) -> None:
+    op, make, function = NOT_FORWARD[name]
+    for argument in (*DIFFERENTIABLE, "state_pool"):
+        call = make()
+        if argument in call:
+            if requires_grad:
+                call = requiring_grad(call, [name for name in DIFFERENTIABLE if name in call])
+            with pytest.raises(NotImplementedError, match=f"flashkda::{op} has no forward-mode derivative"):
+                with_dual(lambda x, call=call, argument=argument: function({**call, argument: x}), call[argument])
+
+
+@pytest.mark.parametrize("op", [False, True])
+def test_a_tangent_of_a_cotangent_is_seen(op: bool) -> None:
+    call = requiring_grad(states_call())
+    results = OPS.chunk_kda(**call, output_final_state=True)[:2] if op else outputs(call)
+    do, dht = cotangents(call)
+    with pytest.raises(NotImplementedError, match="flashkda::chunk_kda_backward has no forward-mode derivative"):
+        with_dual(lambda do: torch.autograd.grad(results, call["q"], (do, dht))[0], do)
+
+
+@pytest.mark.parametrize("mode", ["forward_ad", "forward_ad and no_grad", "jvp", "linearize"])
+def test_a_layer_has_no_forward_mode_derivative_either(mode: str) -> None:
+    layer = KimiDeltaAttention(hidden_size=8, num_heads=2, head_dim=4)
+    with pytest.raises(NotImplementedError, match="flashkda::chunk_kda has no forward-mode derivative"):
+        FORWARD_MODES[mode](lambda x: layer(x)[0], torch.randn(1, 5, 8))
+
+
+@pytest.mark.parametrize("name", NOT_FORWARD)
+def test_a_call_without_tangents_may_stand_beside_some(name: str) -> None:
+    _, make, function = NOT_FORWARD[name]
+    expected = function(make())
+    with forward_ad.dual_level():
+        assert torch.equal(function(make()), expected)
+    o, tangent = jvp(lambda x: x * function(make()), (torch.tensor(2.0),), (torch.tensor(3.0),))
+    assert torch.equal(o, 2 * expected) and torch.equal(tangent, 3 * expected)
+    with torch.inference_mode(), forward_ad.dual_level():
+        assert torch.equal(function(make()), expected)
+
+
+@pytest.mark.parametrize("name", ["q", "initial_state"])
+def test_a_derivative_by_double_backward_is_an_error_too(name: str) -> None:
+    call = states_call()
+    with pytest.raises(RuntimeError, match="flashkda::chunk_kda has no second derivative"):
+        torch.autograd.functional.jvp(
+            lambda x: chunk_kda(**{**call, name: x})[0], call[name], torch.ones_like(call[name])
+        )
+
+
+def final_state(call: Call) -> Tensor:
+    _, state = recurrent_kda(**call, output_final_state=True)
+    assert state is not None
+    return state
+
+
+NOT_DIFFERENTIABLE = {name: NOT_FORWARD[name] for name in NOT_FORWARD if "paged" in name or "recurrent" in name} | {
+    "recurrent_kda's state": ("recurrent_kda_paged", states_call, final_state)
+}
+
+
+@pytest.mark.parametrize("name", NOT_DIFFERENTIABLE)
+def test_a_gradient_of_an_op_for_inference_is_an_error_that_names_what_has_one(name: str) -> None:
+    op, make, function = NOT_DIFFERENTIABLE[name]
+    text = f"flashkda::{op} has no gradient: it is for inference, flashkda_ops.chunk_kda for training"
+    for argument in (*DIFFERENTIABLE, "state_pool"):
+        call = make()
+        if argument in call:
+            call[argument].requires_grad_()
+            o = function(call)  # whoever takes no gradient needs no torch.no_grad
+            with pytest.raises(RuntimeError, match=text):
+                o.sum().backward()
+            with pytest.raises(RuntimeError, match=text):
+                grad(lambda x, call=call, argument=argument: function({**call, argument: x}).sum())(
+                    call[argument].detach()
+                )
+
+
+@pytest.mark.parametrize("name", ["ops.chunk_kda", "ops.chunk_kda_transition"])
+def test_a_gradient_of_torch_func_of_an_op_says_what_to_call(name: str) -> None:
+    op, make, function = NOT_FORWARD[name]
+    call = make()
+    with pytest.raises(
+        RuntimeError, match=rf"torch\.func cannot differentiate flashkda::{op} as an op: call flashkda_"
+    ):
+        grad(lambda v: function({**call, "v": v}).sum())(call["v"])
+
+
+@pytest.mark.parametrize("name", ["scale", "lower_bound"])
+def test_an_option_that_asks_for_a_gradient_is_an_error(name: str) -> None:
+    x = torch.tensor(-1.0)
+    calls = (
+        lambda x: loss({**states_call(), name: x}),
+        lambda x: recurrent_kda_paged(**{**paged_call(), name: x}).sum(),
+    )
+    for call in calls:
+        for derivative in (lambda call=call: call(x.clone().requires_grad_()), lambda call=call: grad(call)(x)):
+            with pytest.raises(ValueError, match="scale and lower_bound must be numbers: they have no gradient"):
+                derivative()
+        with pytest.raises(ValueError, match="scale and lower_bound must be numbers: they have no gradient"):
+            with_dual(call, x)

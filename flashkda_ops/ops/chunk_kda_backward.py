@@ -13,7 +13,8 @@ from flashkda_ops.ops import plans
 from flashkda_ops.ops.plans import Plan
 from flashkda_ops.validation import (
     Sizes,
-    require,
+    require_device,
+    require_dtype,
     require_shape,
     state_dtype,
     state_shape,
@@ -64,8 +65,8 @@ def _validate_cotangents(a: Arguments, s: Sizes) -> None:
     do, v = a.do, a.v
     if do is not None:
         require_shape("do", do, "B, T, HV, V", s.B, s.T, s.HV, s.V)
-        require(do.dtype == v.dtype, lambda: f"do must be {v.dtype} as v is, got {do.dtype}")
-        require(do.device == v.device, lambda: f"do must be on {v.device} as v is, got {do.device}")
+        require_dtype("do", do, (v.dtype,), v, "v")
+        require_device("do", do, v, "v")
     if len(a.output_mask) != 8:
         raise ValueError(f"output_mask must have 8 entries, got {len(a.output_mask)}")
     for name, wanted in zip(("A_log", "dt_bias", "initial_state"), a.output_mask[5:], strict=True):

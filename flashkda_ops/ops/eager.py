@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flashkda_ops import cuda
 from flashkda_ops.ops import chunk_kda as _chunk
@@ -21,13 +22,23 @@ from flashkda_ops.ops import chunk_kda_backward as _chunk_backward
 from flashkda_ops.ops import chunk_kda_paged as _chunk_paged
 from flashkda_ops.ops import recurrent_kda_paged as _recurrent_paged
 from flashkda_ops.ops import rules
+from flashkda_ops.validation import require_types
 
-__all__ = ["EagerChunkKDA", "chunk_kda", "chunk_kda_paged", "in_place", "recurrent_kda_paged"]
+__all__ = [
+    "EagerChunkKDA",
+    "chunk_kda",
+    "chunk_kda_paged",
+    "in_place",
+    "recurrent_kda_paged",
+    "transformed_chunk_kda",
+]
 
 _Tensors = tuple[Tensor | None, ...]
 _A = TypeVar("_A", bound=tuple[Any, ...])
 _R = TypeVar("_R")
 _NUMBERS = frozenset((bool, int, float, type(None)))
+UNEXPLAINED = (AttributeError, TypeError, RuntimeError)
+"""What an argument of another type ends in, among other things."""
 
 
 def _is_watched() -> bool:
@@ -39,12 +50,25 @@ def _is_watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0  # torch.autograd.forward_ad, whose tensors are of the plain type
     )
 
 
 def _are_numbers(options: Sequence[object]) -> bool:
     """Whether all options are what the schema says, which else converts or refuses them."""
-    return _NUMBERS.issuperset(map(type, options))
+    if _NUMBERS.issuperset(map(type, options)):
+        return True
+    refuse_gradients(options)
+    return False
+
+
+def refuse_gradients(options: Sequence[object]) -> None:
+    """Raises where an option is a tensor with a derivative, which its conversion to a number would lose."""
+    for x in options:
+        if isinstance(x, Tensor) and (x.requires_grad or rules.has_tangent(x)):
+            raise ValueError(
+                "scale and lower_bound must be numbers: they have no gradient, got a Tensor that asks for it"
+            )
 
 
 def _is_autocast(q: Tensor) -> bool:
@@ -76,6 +100,8 @@ class EagerChunkKDA(torch.autograd.Function):
         )
         return (*_chunk.gradients(ctx, do, dht, _backward if direct else _chunk_backward.op), None, None, None)
 
+    jvp = staticmethod(rules.TransformedChunkKDA.jvp)
+
 
 # Function.apply itself first looks for what transforms have left behind, which cuda.read has done.
 _train = super(torch.autograd.Function, EagerChunkKDA).apply
@@ -90,23 +116,38 @@ def _backward(*args: Any) -> Sequence[Tensor | None]:
 def chunk_kda(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``flashkda::chunk_kda``. What was not asked for is None, or has no rows."""
     q, tensors = args[0], args[:9]
-    reading = cuda.read(tensors)
-    if reading is None or not _are_numbers(args[9:]) or q.is_meta:
-        return _chunk.op(*args)
-    if _is_autocast(q):
-        args = rules.autocast(args)
-        with torch.autocast(q.device.type, enabled=False):
-            return chunk_kda(*args)
-    is_watched, a = _is_watched(), _chunk.Arguments._make(args)
-    if reading[1] and torch.is_grad_enabled():
-        return (*_train(*tensors, a, None if is_watched else reading), None)
-    if is_watched:
-        return _chunk.op(*args)
-    return _chunk.run(a, reading)
+    try:
+        reading = cuda.read(tensors)
+        if not _are_numbers(args[9:]) or reading is None or q.is_meta:
+            return _chunk.op(*args)
+        if _is_autocast(q):
+            args = rules.autocast(args)
+            with torch.autocast(q.device.type, enabled=False):
+                return chunk_kda(*args)
+        is_watched, a = _is_watched(), _chunk.Arguments._make(args)
+        if reading[1] and torch.is_grad_enabled():
+            return (*_train(*tensors, a, None if is_watched else reading), None)
+        if is_watched:
+            return _chunk.op(*args)
+        return _chunk.run(a, reading)
+    except UNEXPLAINED as error:
+        require_types(_chunk.op, args, error)
+        raise
+
+
+def transformed_chunk_kda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same under the transforms of ``torch.func``."""
+    refuse_gradients(args[9:])
+    try:
+        outputs: tuple[Tensor, Tensor, Tensor] = rules.TransformedChunkKDA.apply(*rules.autocast(args))
+        return outputs
+    except UNEXPLAINED as error:
+        require_types(_chunk.op, args, error)
+        raise
 
 
 def in_place(
-    op: Callable[..., _R],
+    op: Any,
     run: Callable[[_A], _R],
     a: _A,
     tensors: _Tensors,
@@ -115,21 +156,25 @@ def in_place(
 ) -> _R:
     """``op(*a)`` for an op that has no gradient and writes into some of its tensors; ``run(a)`` is its body."""
     q = a[0]
-    reading = cuda.read(tensors)
-    if (
-        reading is None
-        or (reading[1] and torch.is_grad_enabled())
-        or not _are_numbers(options)
-        or _is_watched()
-        or q.is_meta
-        or _is_autocast(q)
-    ):
-        return op(*a)
-    for x in written:
-        if x is not None:
-            torch.autograd.graph.increment_version(x)
-    with torch._C._AutoDispatchBelowAutograd():
-        return run(a)
+    try:
+        reading = cuda.read(tensors)
+        if (
+            not _are_numbers(options)
+            or reading is None
+            or (reading[1] and torch.is_grad_enabled())
+            or _is_watched()
+            or q.is_meta
+            or _is_autocast(q)
+        ):
+            return op(*a)
+        for x in written:
+            if x is not None:
+                torch.autograd.graph.increment_version(x)
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(a)
+    except UNEXPLAINED as error:
+        require_types(op, a, error)
+        raise
 
 
 def chunk_kda_paged(*args: Any) -> Tensor:

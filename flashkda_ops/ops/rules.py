@@ -1,4 +1,4 @@
-"""What autocast, ``torch.vmap`` and torch's FLOP counter do with the ops."""
+"""What autocast, forward-mode derivatives, ``torch.vmap`` and torch's FLOP counter do with the ops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from flashkda_ops.ops import (
@@ -17,7 +19,15 @@ from flashkda_ops.ops import (
     recurrent_kda_paged,
 )
 
-__all__ = ["TransformedChunkKDA", "autocast", "count_as_forward", "refuse_vmap"]
+__all__ = [
+    "TransformedChunkKDA",
+    "autocast",
+    "count_as_forward",
+    "refuse_derivatives",
+    "refuse_forward_mode",
+    "refuse_vmap",
+    "without_gradient",
+]
 
 _FORWARD = (chunk_kda, chunk_kda_paged, recurrent_kda_paged)
 
@@ -64,6 +74,98 @@ for _op, _tokens in (
         _overload = _op._opoverload
         _library.impl(_overload._opname, _autocast_kernel(_overload, _tokens, _device), f"Autocast{_device.upper()}")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives that the ops do not have: torch.library.custom_op drops tangents without a word, and takes no formula, not
+# even one that raises, for an op that writes into its arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+_AUTOGRAD_DEVICES = ("CPU", "CUDA", "MPS", "XPU", "Meta", "PrivateUse1")
+
+
+def has_tangent(x: object) -> bool:
+    """Whether x is a tensor that carries a forward-mode derivative."""
+    if forward_ad._current_level < 0 or not isinstance(x, Tensor):
+        return False
+    return forward_ad.unpack_dual(x, level=0).tangent is not None  # torch has no second level
+
+
+def _no_forward_mode(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name} has no forward-mode derivative (torch.func.jvp, linearize and jacfwd, torch.autograd.forward_ad)"
+    )
+
+
+def refuse_forward_mode(name: str, args: Sequence[object]) -> None:
+    """Raises where one of the arguments carries a forward-mode derivative."""
+    if any(map(has_tangent, args)):
+        raise _no_forward_mode(name)
+
+
+def _no_gradient(name: str) -> RuntimeError:
+    return RuntimeError(f"{name} has no gradient: it is for inference, flashkda_ops.chunk_kda for training")
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, x: Tensor, cause: Tensor) -> Tensor:
+        ctx.name = name
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> NoReturn:
+        raise _no_gradient(ctx.name)
+
+
+def without_gradient(name: str, x: Tensor, cause: Tensor) -> Tensor:
+    """A copy of x, whose backward pass says that what it was computed by, as was ``cause``, has none."""
+    copy: Tensor = _WithoutGradient.apply(name, x.detach(), cause)
+    return copy
+
+
+def _autograd_kernel(op: Any, formula: Any) -> Callable[..., Any]:
+    overload = op._opoverload
+    name, autograd = overload._schema.name, make_autograd_impl(overload, formula)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(name, args)
+        if (
+            torch._C._are_functorch_transforms_active()
+            and torch.is_grad_enabled()
+            and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        ):
+            if formula is not op:
+                raise _no_gradient(name)
+            raise RuntimeError(
+                f"torch.func cannot differentiate {name} as an op: call flashkda_ops.chunk_kda, without torch.compile"
+            )
+        return autograd(keyset, *args)
+
+    return kernel
+
+
+def _register_autograd_kernel(op: Any, formula: Any) -> None:
+    # Those of a device are found before the one of custom_op, which is for all of them.
+    kernel = _autograd_kernel(op, formula)
+    for device in _AUTOGRAD_DEVICES:
+        _library.impl(op._opoverload._opname, kernel, f"Autograd{device}", with_keyset=True)
+
+
+def refuse_derivatives(op: Any) -> None:
+    """The rule of an op that has no gradient: to ask for one is an error that says so."""
+    name = op._opoverload._schema.name
+
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise _no_gradient(name)
+
+    _register_autograd_kernel(op, Info(backward, None))
+
+
+for _module in (chunk_kda, chunk_kda_backward, chunk_kda_transition):
+    _register_autograd_kernel(_module.op, _module.op)  # its own formula, from register_autograd
+for _module in (chunk_kda_paged, recurrent_kda_paged):
+    refuse_derivatives(_module.op)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # vmap: the mapped dimension becomes a part of the batch, or of the heads where the samples cannot share a batch
@@ -168,6 +270,10 @@ class TransformedChunkKDA(torch.autograd.Function):
         return (*grads, *[None] * (len(chunk_kda.Arguments._fields) - len(grads)))
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise _no_forward_mode("flashkda::chunk_kda")
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return _vmap_forward(TransformedChunkKDA.apply, info, in_dims, *args)
 
@@ -182,6 +288,10 @@ class _TransformedBackward(torch.autograd.Function):
 
     setup_context = staticmethod(chunk_kda_backward.setup_context)
     backward = staticmethod(chunk_kda_backward.backward)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise _no_forward_mode("flashkda::chunk_kda_backward")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
