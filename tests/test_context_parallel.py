@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import World
 
-from flashkda_ops import chunk_kda, segments
+from flashkda_ops import chunk_kda, segments, validation
 from flashkda_ops.distributed import context_parallel_chunk_kda, context_parallel_halo
 
 EXACT, ROUNDING = (torch.float64, 1e-11), (torch.float32, 1e-5)
@@ -46,6 +46,13 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 @pytest.fixture(scope="module")
 def two() -> Iterator[World]:
     world = World(2)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[World]:
+    world = World(4)
     yield world
     world.close()
 
@@ -336,6 +343,111 @@ def on_last_rank(
     return message_of(make_call(**arguments | changes), **(options or {}))
 
 
+def error_of(function: Callable[[], Any]) -> str | None:
+    try:
+        function()
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    return None
+
+
+def wrongly_on_last_rank(change: str) -> str | None:
+    """The last rank makes a call that ends in all kinds of errors; what each rank raises."""
+    call: Call = make_call(16, **{"cu_seqlens": [0, 5, 30]} if change == "a list of offsets" else {"B": 2})
+
+    def function(**changes: Any) -> None:
+        context_parallel_chunk_kda(**{**call, **changes}, mesh=dist.group.WORLD)
+
+    if dist.get_rank() < dist.get_world_size() - 1:
+        return error_of(function)
+    if change == "a tangent":
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(call["v"], torch.ones_like(call["v"]))
+            return error_of(lambda: function(v=dual))
+    if change == "torch.func":
+        return error_of(lambda: torch.func.vmap(lambda v: function(v=v))(torch.stack([call["v"]] * 2)))
+    changes: dict[str, dict[str, Any]] = {
+        "a list": {"cu_seqlens": [0, 16]},
+        "a list of offsets": {"rank_offsets": [0, 16, 32]},
+        "no tokens": {"q": None},
+        "an array": {"k": call["k"].numpy()},
+        "a text": {"scale": "1.0"},
+        "a scale to learn": {"scale": torch.ones((), requires_grad=True)},
+        "a shape": {"v": call["v"][:, 1:]},
+    }
+    return error_of(lambda: function(**changes[change]))
+
+
+def badly_without_check_of_ranks() -> str | None:
+    lower_bound = 3.0 if dist.get_rank() == dist.get_world_size() - 1 else -5.0
+    return message_of(make_call(16), lower_bound=lower_bound, check_ranks=False, validate=True)
+
+
+def with_checked_values_on_one_rank() -> str | None:
+    validation.CHECK_VALUES = dist.get_rank() == 0
+    try:
+        return message_of(make_call(16, cu_seqlens=[0, 16]))
+    finally:
+        validation.CHECK_VALUES = False
+
+
+def halo_on_last_rank(change: str) -> str | None:
+    x, size = torch.zeros(2, 5, 3), 2
+    if dist.get_rank() == dist.get_world_size() - 1:
+        x, size = {
+            "length": (torch.zeros(2, 9, 3), 2),
+            "width": (torch.zeros(2, 5, 4), 2),
+            "dimensions": (torch.zeros(2, 5), 2),
+            "dtype": (x.double(), 2),
+            "size": (x, 3),
+            "gradient": (x.requires_grad_(), 2),
+            "too few tokens": (x[:, :1], 2),
+            "no tensor": (x.tolist(), 2),
+            "no number": (x, "2"),
+        }[change]
+    return error_of(lambda: context_parallel_halo(x, size, dist.group.WORLD))
+
+
+NAN_BOUNDS = [0, 5, 9, 16, 40, 44, 48]  # of 12 tokens a rank on 4: the fourth sequence begins on rank 1 and ends on 3
+
+
+def beside_nan(sequence: int, mesh_shape: tuple[int, ...], **options: Any) -> list[str]:
+    """What of the other sequences' outputs, final states and gradients on this rank is not that of a clean run, and
+    where a NaN or an infinity was put into the sequence."""
+    start, rank, mesh = NAN_BOUNDS[sequence], dist.get_rank(), init_device_mesh("cpu", mesh_shape)
+    whole = make_call(48, cu_seqlens=NAN_BOUNDS, initial_state=True, **options)
+    generator = torch.Generator().manual_seed(2)
+    for name, like in (("do", "v"), ("dht", "initial_state")):
+        whole[name] = torch.randn(whole[like].shape, generator=generator)
+
+    def results(call: Call) -> dict[str, Tensor]:
+        call = {name: x[:, 12 * rank : 12 * rank + 12] if name in (*TOKENS, "do") else x for name, x in call.items()}
+        do, dht = call.pop("do"), call.pop("dht")
+        call = requiring_grad(call)
+        outputs = context_parallel_chunk_kda(**call, mesh=mesh, output_final_state=True)
+        torch.autograd.backward(outputs, [do, dht])
+        grads = {f"gradient of {name}": call[name].grad for name in (*TOKENS, "initial_state")}
+        return {"o": outputs[0].detach(), "final state": outputs[1].detach(), **grads}
+
+    at = torch.arange(12 * rank, 12 * rank + 12)
+    tokens = (at < start) | (at >= NAN_BOUNDS[sequence + 1])
+    sequences = torch.arange(len(NAN_BOUNDS) - 1) != sequence
+    clean, differing = results(whole), []
+    assert all(x.isfinite().all() for x in clean.values())
+    for place in (*TOKENS, "initial_state", "do", "dht"):
+        for value in (torch.nan, torch.inf):
+            bad = {**whole, place: whole[place].clone()}
+            if place in ("initial_state", "dht"):
+                bad[place][sequence] = value
+            else:
+                bad[place][0, start + 1 : start + 3] = value
+            for name, x in results(bad).items():
+                kept = (sequences,) if name in ("final state", "gradient of initial_state") else (slice(None), tokens)
+                if not torch.equal(x[kept], clean[name][kept]):
+                    differing.append(f"{name} for a {value} in {place}")
+    return differing
+
+
 def with_another_mesh() -> str | None:
     """A mesh of the same group whose ranks are in another order."""
     ranks = list(range(dist.get_world_size()))
@@ -489,6 +601,14 @@ def test_the_halo_is_the_end_of_the_rank_before(world: World) -> None:
     assert max(world.run(halo)) == 0
 
 
+@pytest.mark.parametrize("mesh_shape", [(4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("sequence", [0, 2, 3], ids=["within a rank", "over two ranks", "over three ranks"])
+@pytest.mark.parametrize("segments", [1, 3], ids="{} segments".format)
+def test_a_nan_stays_in_its_sequence(four: World, segments: int, sequence: int, mesh_shape: tuple[int, ...]) -> None:
+    options = {"gate": "precomputed", "beta": "raw", "l2norm": False, "state_v_first": segments > 1}
+    assert four.run(in_segments, segments, beside_nan, sequence, mesh_shape, **options) == [[]] * 4
+
+
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("options", [{"B": 1}, {"B": 3}, {"cu_seqlens": [0, 2, 50, 77]}], ids=str)
 def test_it_compiles_to_one_graph_for_all_values(two: World, options: dict[str, Any], segments: int) -> None:
@@ -536,7 +656,91 @@ def test_calls_that_do_not_go_together_raise_on_every_rank(
 def test_bad_arguments_of_one_rank_raise_on_every_rank(two: World) -> None:
     others, own = two.run(on_last_rank, {}, {"lower_bound": 3.0})
     assert own == "lower_bound must be in [-5, 0), got 3.0"
-    assert others == "validity of the arguments must be the same on all ranks of the mesh, got by rank: [1, 0]"
+    assert others == "arguments must be valid on all ranks of the mesh, got an error on rank 1"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("a list", "ValueError: cu_seqlens must be a Tensor or None, got list"),
+        ("a list of offsets", "ValueError: rank_offsets must be a Tensor or None, got list"),
+        ("no tokens", "ValueError: q must be a Tensor, got None"),
+        ("an array", "ValueError: k must be a Tensor, got ndarray"),
+        ("a text", "ValueError: scale must be a number or None, got str"),
+        ("a scale to learn", "ValueError: scale and lower_bound must be numbers"),
+        ("a shape", "ValueError: v must have shape"),
+        ("a tangent", "NotImplementedError: context_parallel_chunk_kda has no forward-mode derivative"),
+        ("torch.func", "RuntimeError: context_parallel_chunk_kda must not be under the transforms of torch.func"),
+    ],
+)
+def test_whatever_one_rank_raises_all_ranks_raise(two: World, change: str, text: str) -> None:
+    others, own = two.run(wrongly_on_last_rank, change)
+    assert own is not None and own.startswith(text)
+    assert others == "ValueError: arguments must be valid on all ranks of the mesh, got an error on rank 1"
+
+
+def test_a_check_of_values_is_a_check_of_ranks_first(two: World) -> None:
+    others, own = two.run(badly_without_check_of_ranks)
+    assert own == "lower_bound must be in [-5, 0), got 3.0"
+    assert others == "arguments must be valid on all ranks of the mesh, got an error on rank 1"
+
+
+def test_values_that_are_checked_on_one_rank_alone_raise_on_every_rank(two: World) -> None:
+    text = "check of values must be the same on all ranks of the mesh, got by rank: [1, 0]"
+    assert two.run(with_checked_values_on_one_rank) == [text] * 2
+
+
+@pytest.mark.parametrize("mesh", [None, "cp", 3])
+def test_what_is_no_mesh_is_named(mesh: Any) -> None:
+    text = f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}"
+    with pytest.raises(ValueError, match=text):
+        context_parallel_chunk_kda(**make_call(16), mesh=mesh)
+    with pytest.raises(ValueError, match=text):
+        context_parallel_halo(torch.zeros(2, 5, 3), 2, mesh)
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        ("length", (None, None)),
+        ("width", ("size of dimension 2 of x must be the same on all ranks of the mesh, got by rank: [3, 4]",) * 2),
+        (
+            "dimensions",
+            ("number of dimensions of x must be the same on all ranks of the mesh, got by rank: [3, 2]",) * 2,
+        ),
+        (
+            "dtype",
+            ("dtype of x must be the same on all ranks of the mesh, got by rank: [torch.float32, torch.float64]",) * 2,
+        ),
+        ("size", ("size must be the same on all ranks of the mesh, got by rank: [2, 3]",) * 2),
+        ("gradient", ("need of gradients must be the same on all ranks of the mesh, got by rank: [0, 1]",) * 2),
+        (
+            "too few tokens",
+            (
+                "arguments must be valid on all ranks of the mesh, got an error on rank 1",
+                "size must be in [1, T = 1], got 2",
+            ),
+        ),
+        (
+            "no tensor",
+            (
+                "arguments must be valid on all ranks of the mesh, got an error on rank 1",
+                "x must be a Tensor, got list",
+            ),
+        ),
+        (
+            "no number",
+            (
+                "arguments must be valid on all ranks of the mesh, got an error on rank 1",
+                "size must be an int, got str",
+            ),
+        ),
+    ],
+)
+def test_halos_that_do_not_go_together_raise_on_every_rank(
+    two: World, change: str, texts: tuple[str | None, str | None]
+) -> None:
+    assert two.run(halo_on_last_rank, change) == [None if text is None else f"ValueError: {text}" for text in texts]
 
 
 def test_ranks_of_different_lengths_of_a_packed_row_need_offsets(two: World) -> None:

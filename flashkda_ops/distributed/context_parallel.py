@@ -13,18 +13,20 @@ rank's message is one map, however many sequences there are.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashkda_ops import segments
+from flashkda_ops import segments, validation
 from flashkda_ops.ops import chunk_kda as _chunk
-from flashkda_ops.ops.rules import autocast
+from flashkda_ops.ops.eager import refuse_gradients
+from flashkda_ops.ops.rules import autocast, refuse_forward_mode
 from flashkda_ops.validation import (
     INDEX_DTYPES,
     Sizes,
@@ -33,6 +35,8 @@ from flashkda_ops.validation import (
     require_device,
     require_dtype,
     require_shape,
+    require_tensor,
+    require_types,
     validate_state,
     validate_tokens,
 )
@@ -54,8 +58,14 @@ _Axes = tuple[_Axis, ...]  # outermost first: ranks are numbered row-major
 def _axes(mesh: DeviceMesh | dist.ProcessGroup) -> _Axes:
     if isinstance(mesh, DeviceMesh):
         dims = range(mesh.ndim)
-        return tuple(_Axis(mesh.get_group(d).group_name, mesh.size(d), mesh.get_local_rank(d)) for d in dims)
-    return (_Axis(mesh.group_name, dist.get_world_size(mesh), dist.get_rank(mesh)),)
+        axes = tuple(_Axis(mesh.get_group(d).group_name, mesh.size(d), mesh.get_local_rank(d)) for d in dims)
+    elif isinstance(mesh, dist.ProcessGroup):
+        axes = (_Axis(mesh.group_name, dist.get_world_size(mesh), dist.get_rank(mesh)),)
+    else:
+        raise ValueError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
+    if any(axis.rank < 0 for axis in axes):
+        raise ValueError("mesh must contain this rank")
+    return axes
 
 
 def _rank(axes: _Axes) -> int:
@@ -222,7 +232,8 @@ def context_parallel_chunk_kda(
             past them are padding. By default each has ``T``.
         validate: check the values of ``cu_seqlens`` and ``rank_offsets`` on the host, and that all ranks have the same.
         check_ranks: first compare sizes, dtypes and options of all ranks: one more small all-gather, and a
-            synchronisation with the device. Left out while compiling and in the capture of a CUDA graph.
+            synchronisation with the device. Left out while compiling and in the capture of a CUDA graph; what checks
+            values does this, too.
         The others: see :func:`flashkda_ops.chunk_kda`; without ``use_gate_in_kernel``, ``A_log``, ``dt_bias`` and
         ``lower_bound`` must be None. Gradients of ``A_log`` and ``dt_bias`` are those of this rank's tokens.
 
@@ -232,28 +243,25 @@ def context_parallel_chunk_kda(
         ends on the rank that holds its place.
 
     Raises:
-        ValueError: naming the argument that is not as described, or what differs between ranks, on all of them.
+        ValueError: naming the argument that is not as described, or what differs between ranks, on all of them. (A
+            ``mesh`` that is none, or that does not contain this rank, is an error on this rank alone.)
     """
     axes = _axes(mesh)
-    q, k, v, g, beta = autocast((q, k, v, g, beta))
     call = _chunk.Arguments(
         q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, output_final_state,
         use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound,
         state_v_first, 0, batch_invariant, validate,
     )  # fmt: skip
-    eager = not torch.compiler.is_compiling() and not (q.is_cuda and torch.cuda.is_current_stream_capturing())
-    if eager and check_ranks and _size(axes) > 1:
-        _check_ranks(call, rank_offsets, mesh, axes)
-    if not torch.compiler.is_compiling():  # while tracing, the ops check what they are given
-        _validate(call, rank_offsets, axes)
-    if eager and checks_values(validate, q):
-        _check_values(call, rank_offsets, axes)
+    if torch.compiler.is_compiling():  # the ops check what they are given
+        call = _chunk.Arguments._make(autocast(call))
+    else:
+        call = _prepared(call, rank_offsets, mesh, axes, check_ranks)
     if _size(axes) == 1:
         if rank_offsets is not None and cu_seqlens is not None:
             call = call._replace(cu_seqlens=torch.minimum(cu_seqlens, rank_offsets[1]))
         o, final_state, _ = torch.ops.flashkda.chunk_kda(*call)
     else:
-        with torch.autocast(q.device.type, enabled=False):  # maps are composed in fp32
+        with torch.autocast(call.q.device.type, enabled=False):  # maps are composed in fp32
             o, final_state = _ContextParallel.apply(*call[:9], rank_offsets, scale, *call[11:17], batch_invariant, axes)
     return o, final_state if output_final_state else None
 
@@ -271,10 +279,21 @@ def _validate(call: _chunk.Arguments, rank_offsets: Tensor | None, axes: _Axes) 
             raise ValueError(
                 "rank_offsets requires cu_seqlens: the ranks of a dense batch may hold any number of tokens"
             )
+        require_tensor("rank_offsets", rank_offsets, optional=True)
         require_shape("rank_offsets", rank_offsets, "R + 1", _size(axes) + 1)
         require_dtype("rank_offsets", rank_offsets, INDEX_DTYPES)
         require_device("rank_offsets", rank_offsets, call.q)
     return sizes
+
+
+def _device(mesh: DeviceMesh | dist.ProcessGroup, x: object) -> torch.device:
+    """Where ranks tell each other of their calls: by the mesh, since a rank may have no tensor that could tell."""
+    if isinstance(mesh, DeviceMesh):
+        kind = mesh.device_type
+    else:
+        kinds = [device.type for device in mesh._device_types]
+        kind = "cpu" if "cpu" in kinds or not kinds else kinds[0]
+    return x.device if isinstance(x, Tensor) and x.device.type == kind else torch.device(kind)
 
 
 def _table(values: Tensor, axes: _Axes) -> list[list[int]]:
@@ -285,48 +304,102 @@ def _table(values: Tensor, axes: _Axes) -> list[list[int]]:
     return rows.tolist()
 
 
+def _is_captured() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+_Facts = dict[str, int]
+_MOST_FACTS = 32
 _DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_R = TypeVar("_R")
 
 
-def _facts(
-    call: _chunk.Arguments, rank_offsets: Tensor | None, mesh: DeviceMesh | dist.ProcessGroup, sizes: Sizes | None
-) -> dict[str, int]:
-    """What must be the same on all ranks, as numbers. ``sizes`` is None where this rank's arguments are not valid."""
-    ranks = mesh.mesh.tolist() if isinstance(mesh, DeviceMesh) else dist.get_process_group_ranks(mesh)
+def _shown(name: str, value: int) -> object:
+    if name.startswith("dtype"):
+        return _DTYPES[value] if value >= 0 else "another"
+    if name.startswith("device"):
+        return _DEVICES[value] if value >= 0 else "another"
+    return value
+
+
+def _number(x: object, among: tuple[object, ...]) -> int:
+    return among.index(x) if x in among else -1
+
+
+def _on_all_ranks(
+    prepare: Callable[[], tuple[_R, _Facts]], mesh: DeviceMesh | dist.ProcessGroup, axes: _Axes, x: object
+) -> _R:
+    """What ``prepare`` returns, besides facts that must be the same on all ranks. All ranks raise where they are not,
+    or where ``prepare`` raises on any, whatever it is: one that left at once would have the others wait for it."""
+    result: _R | None = None
+    facts: _Facts = {}
+    error: Exception | None = None
+    try:
+        result, facts = prepare()
+    except Exception as e:
+        error = e
+    members = mesh.mesh.tolist() if isinstance(mesh, DeviceMesh) else dist.get_process_group_ranks(mesh)
+    facts = {"mesh": zlib.crc32(repr(members).encode()), "error": int(error is not None), **facts}
+    row = [*facts.values(), *[0] * (_MOST_FACTS - len(facts))]
+    table = _table(torch.tensor(row, device=_device(mesh, x)), axes)
+    if error is not None:
+        raise error
+    for name, values in zip(facts, zip(*table, strict=True), strict=False):
+        if name == "error" and any(values):
+            ranks = ", ".join(str(rank) for rank, value in enumerate(values) if value)
+            raise ValueError(f"arguments must be valid on all ranks of the mesh, got an error on rank {ranks}")
+        if len(set(values)) > 1:
+            shown = [_shown(name, value) for value in values]
+            raise ValueError(f"{name} must be the same on all ranks of the mesh, got by rank: {shown}")
+    return result  # type: ignore[return-value]
+
+
+def _prepared(
+    call: _chunk.Arguments,
+    rank_offsets: Tensor | None,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    axes: _Axes,
+    check_ranks: bool,
+) -> _chunk.Arguments:
+    """The call with its tokens in the dtype of autocast. Raises where it is not valid, if possible on all ranks."""
+
+    def prepare() -> tuple[_chunk.Arguments, _Facts]:
+        require_types(_chunk.op, call)
+        refuse_gradients(call[9:])
+        refuse_forward_mode("context_parallel_chunk_kda", call)
+        if _size(axes) > 1 and torch._C._are_functorch_transforms_active():
+            raise RuntimeError("context_parallel_chunk_kda must not be under the transforms of torch.func")
+        cast = _chunk.Arguments._make(autocast(call))
+        sizes = _validate(cast, rank_offsets, axes)
+        return cast, _facts(cast, rank_offsets, sizes)
+
+    check_ranks = check_ranks or call.validate is True or validation.CHECK_VALUES
+    if check_ranks and _size(axes) > 1 and not _is_captured():
+        cast = _on_all_ranks(prepare, mesh, axes, call.q)
+    else:
+        cast, _ = prepare()
+    if checks_values(cast.validate, cast.q):
+        _check_values(cast, rank_offsets, axes)
+    return cast
+
+
+def _facts(call: _chunk.Arguments, rank_offsets: Tensor | None, sizes: Sizes) -> _Facts:
+    """What must be the same on all ranks."""
     given = {**call._asdict(), "rank_offsets": rank_offsets}
     tensors = {name: given[name] for name in (*_chunk.Arguments._fields[:9], "rank_offsets")}
     dtypes = {f"dtype of {name}": None if x is None else x.dtype for name, x in tensors.items()}
-    s = (0,) * len(Sizes._fields) if sizes is None else sizes
     facts = {
-        "mesh": zlib.crc32(repr(ranks).encode()),
-        "validity of the arguments": int(sizes is not None),
-        **{name: _DTYPES.index(dtype) if dtype in _DTYPES else -1 for name, dtype in dtypes.items()},
-        **{f"size {letter}": size for letter, size in zip(Sizes._fields, s, strict=True)},
+        "device of q": _number(call.q.device.type, _DEVICES),
+        **{name: _number(dtype, _DTYPES) for name, dtype in dtypes.items()},
+        **{f"size {letter}": size for letter, size in zip(Sizes._fields, sizes, strict=True)},
         "options": zlib.crc32(repr(call[9:]).encode()),
+        "check of values": int(checks_values(call.validate, call.q)),
         "need of gradients": int(torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call[:8])),
     }
     if call.cu_seqlens is None or rank_offsets is not None:
         facts["size T"] = 0  # may differ
     return facts
-
-
-def _check_ranks(
-    call: _chunk.Arguments, rank_offsets: Tensor | None, mesh: DeviceMesh | dist.ProcessGroup, axes: _Axes
-) -> None:
-    """All ranks raise where their calls do not go together. One whose own arguments are bad takes part first."""
-    error, sizes = None, None
-    try:
-        sizes = _validate(call, rank_offsets, axes)
-    except ValueError as e:
-        error = e
-    facts = _facts(call, rank_offsets, mesh, sizes)
-    table = _table(torch.tensor(list(facts.values()), device=call.q.device), axes)
-    if error is not None:
-        raise error
-    for name, values in zip(facts, zip(*table, strict=True), strict=True):
-        if len(set(values)) > 1:
-            shown: list[object] = [_DTYPES[x] for x in values] if name.startswith("dtype") else list(values)
-            raise ValueError(f"{name} must be the same on all ranks of the mesh, got by rank: {shown}")
 
 
 def _check_values(call: _chunk.Arguments, rank_offsets: Tensor | None, axes: _Axes) -> None:
@@ -379,20 +452,47 @@ def _neighbour(x: Tensor, axes: _Axes, step: int) -> Tensor:
     return ranks[rank].clone() if 0 <= rank < _size(axes) else torch.zeros_like(x)
 
 
-def context_parallel_halo(x: Tensor, size: int, mesh: DeviceMesh | dist.ProcessGroup) -> Tensor:
+def context_parallel_halo(
+    x: Tensor, size: int, mesh: DeviceMesh | dist.ProcessGroup, *, check_ranks: bool = True
+) -> Tensor:
     """The last ``size`` tokens of the rank before this one, ``[B, size, ...]``; zeros on the first rank.
 
     What a causal convolution of ``size + 1`` taps reads besides the rank's own tokens. Differentiable.
 
     Args:
-        x: ``[B, T, ...]``, this rank's tokens, the same shape on all ranks.
-        size: at most ``T``.
+        x: ``[B, T, ...]``, this rank's tokens, on all ranks of the same shape but for ``T``, and of the same dtype.
+        size: in ``[1, T]``, the same on all ranks.
         mesh: as for :func:`context_parallel_chunk_kda`.
+        check_ranks: as for :func:`context_parallel_chunk_kda`.
 
     Raises:
-        ValueError: ``size`` is not in ``[1, T]``.
+        ValueError: naming the argument that is not as described, or what differs between ranks, on all of them.
     """
-    T = x.shape[1]
-    if not 1 <= size <= T:
-        raise ValueError(f"size must be in [1, T = {T}], got {size}")
-    return _Halo.apply(x, size, _axes(mesh))
+    axes = _axes(mesh)
+
+    def prepare() -> tuple[None, _Facts]:
+        require_tensor("x", x)
+        if x.dim() < 2:
+            raise ValueError(f"x must have shape [B, T, ...], got {x.dim()} dimensions")
+        if not isinstance(size, int):
+            raise ValueError(f"size must be an int, got {type(size).__name__}")
+        if not 1 <= size <= x.shape[1]:
+            raise ValueError(f"size must be in [1, T = {x.shape[1]}], got {size}")
+        refuse_forward_mode("context_parallel_halo", (x,))
+        return None, {
+            "size": size,
+            "device of x": _number(x.device.type, _DEVICES),
+            "dtype of x": _number(x.dtype, _DTYPES),
+            "need of gradients": int(torch.is_grad_enabled() and x.requires_grad),
+            "number of dimensions of x": x.dim(),
+            **{f"size of dimension {d} of x": x.shape[d] for d in range(x.dim()) if d != 1},
+        }
+
+    if torch.compiler.is_compiling():
+        if not 1 <= size <= x.shape[1]:
+            raise ValueError(f"size must be in [1, T = {x.shape[1]}], got {size}")
+    elif check_ranks and _size(axes) > 1 and not _is_captured():
+        _on_all_ranks(prepare, mesh, axes, x)
+    else:
+        prepare()
+    return _Halo.apply(x, size, axes)
