@@ -1,5 +1,7 @@
 # make demo       train a small language model, prefill, decode: prints tokens/s, writes examples/out/loss.png
 # make test       the test suite (GPU tests run where there is a GPU)
+# make fuzz       many more drawn cases: 2,000 on a CPU, and where there is a GPU 500 there, with another seed each time
+# make soak       replays, threads, memory: minutes on a GPU, less on a CPU
 # make lint       ruff, mypy, clang-format, and whether the tables of the docs are those of the results
 # make wheel      a wheel in dist/ for PYTHON, with the CUDA kernels where nvcc is found
 #
@@ -22,13 +24,20 @@ else
   READY := .venv/ready
 endif
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test fuzz soak lint wheel clean
 
 demo: $(READY)
 	$(RUN) examples/train_and_generate.py $(DEMO_ARGS)
 
 test: $(READY)
 	PYTHONSAFEPATH=1 $(RUN) -m pytest $(TEST_ARGS)
+
+fuzz: $(READY)
+	PYTHONSAFEPATH=1 $(RUN) -m pytest -m "fuzz and not gpu" --hypothesis-profile=fuzz $(TEST_ARGS) tests
+	PYTHONSAFEPATH=1 $(RUN) -m pytest -m "fuzz and gpu" --hypothesis-profile=fuzz-gpu tests
+
+soak: $(READY)
+	PYTHONSAFEPATH=1 $(RUN) -m pytest tests/test_soak.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

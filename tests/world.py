@@ -19,8 +19,8 @@ import torch.distributed as dist
 TIMEOUT = datetime.timedelta(seconds=30)
 
 # A process that has imported torch forks each rank: importing it again in each takes longer than the tests do.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch._dynamo", "flashkda_ops.distributed"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch._dynamo", "flashkda_ops.distributed"])
 
 
 def _serve(rank: int, size: int, backend: str, store: str, connection: Connection) -> None:
@@ -49,8 +49,8 @@ class World:
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(size):
-            here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(rank, size, backend, store, there), daemon=True)
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, size, backend, store, there), daemon=True)
             process.start()
             there.close()
             self.connections.append(here)
