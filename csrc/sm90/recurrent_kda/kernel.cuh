@@ -98,37 +98,40 @@ struct PackedTokens {
 };
 
 // cu_seqlens as every op reads it: within the tokens there are, and never decreasing, so that no token is two
-// sequences'. An entry is the largest of those up to it, as each CTA finds for itself: a thread's loads are on their
-// way together, so that they cost little more than the one entry that a CTA would need if all were well formed.
-template <typename Index>
+// sequences'. An entry is the largest of those up to it, which each warp finds for itself where they are few, since a
+// barrier would make it wait for the others, or else its share of. Loads are on their way together.
 __device__ __forceinline__ PackedTokens packed_tokens(const RecurrentKdaParams& p, int sequence) {
   __shared__ int2 warp_largest[kTokensWarps];
-  constexpr int kTogether = 4;
-  const int thread = threadIdx.x, warp = thread / 32, entries = int(p.sequences) + 1;
+  constexpr int kTogether = 4, kMostAlone = 256;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, entries = int(p.sequences) + 1;
+  const bool alone = entries <= kMostAlone;
+  const int step = alone ? 32 : kTokensThreads;
   const auto entry = [&](int i) {
-    const Index token = __ldg(static_cast<const Index*>(p.cu_seqlens.values) + i * p.cu_seqlens.stride);
+    const int64_t token = load_index(p.cu_seqlens, i * p.cu_seqlens.stride);
     return int(token < 0 ? 0 : token < p.tokens ? token : p.tokens);
   };
   const int first = entry(0), next = entry(sequence + 1);
   int upto = 0, all = 0;
-  for (int begin = thread; begin < entries; begin += kTogether * kTokensThreads) {
+  for (int begin = alone ? lane : thread; begin < entries; begin += kTogether * step) {
     int tokens[kTogether];
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) tokens[j] = entry(min(begin + j * kTokensThreads, entries - 1));
+    for (int j = 0; j < kTogether; ++j) tokens[j] = entry(min(begin + j * step, entries - 1));
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       all = max(all, tokens[j]);
-      if (begin + j * kTokensThreads <= sequence) upto = max(upto, tokens[j]);
+      if (begin + j * step <= sequence) upto = max(upto, tokens[j]);
     }
   }
   upto = __reduce_max_sync(kFullWarp, upto);
   all = __reduce_max_sync(kFullWarp, all);
-  if (thread % 32 == 0) warp_largest[warp] = make_int2(upto, all);
-  __syncthreads();
+  if (!alone) {
+    if (lane == 0) warp_largest[warp] = make_int2(upto, all);
+    __syncthreads();
 #pragma unroll
-  for (int w = 0; w < kTokensWarps; ++w) {
-    upto = max(upto, warp_largest[w].x);
-    all = max(all, warp_largest[w].y);
+    for (int w = 0; w < kTokensWarps; ++w) {
+      upto = max(upto, warp_largest[w].x);
+      all = max(all, warp_largest[w].y);
+    }
   }
   return {upto, max(upto, next), first, all};
 }
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
   const int channel = 4 * lane;
   overlap_launches();
 
-  // The state is on its way before it is known whether the sequence has tokens: cu_seqlens is read meanwhile.
+  // The row to start from is on its way beside cu_seqlens: the state waits for both.
   const auto slot_at = [&](int64_t column) {
     return load_index(p.state_indices, sequence * p.state_indices.stride + column * p.slot_stride);
   };
@@ -173,17 +176,12 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
     column = load_index(p.num_accepted_tokens, sequence * p.num_accepted_tokens.stride) - 1;
   const bool is_column = p.slots == 0 || (column >= 0 && column < p.slots);
   const int64_t start = is_column ? slot_at(column) : -1;
-  const bool is_padding = !is_row(p, start);
-  State* const states = static_cast<State*>(p.state_pool) + StateTile::offset(value_head, cta_row);
-  StateTile tile(warp, lane, shared_tile);
-  tile.load(states + start * p.pool_stride, is_padding);
 
   // This sequence's tokens, in bounds whatever cu_seqlens holds.
   Token first = {sequence, 0, head, value_head};
   int length = int(p.tokens);
   if (p.cu_seqlens.values != nullptr) {
-    const PackedTokens packed =
-        p.cu_seqlens.is_64bit ? packed_tokens<int64_t>(p, int(sequence)) : packed_tokens<int32_t>(p, int(sequence));
+    const PackedTokens packed = packed_tokens(p, int(sequence));
     first = {0, packed.begin, head, value_head};
     length = packed.end - packed.begin;
     // Tokens of no sequence, ahead of the first one and behind the last: each sequence zeroes some of them.
@@ -193,12 +191,16 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
     };
     zero_outside(0, packed.first);
     zero_outside(packed.last, int(p.tokens));
+    if (length <= 0) return;
   }
-  if (length <= 0 || is_padding) {
+  if (!is_row(p, start)) {
     zero_o<T, kCtaRows>(p, first, length, 1, cta_row);
-    wait_for_copies();
     return;
   }
+  State* const states = static_cast<State*>(p.state_pool) + StateTile::offset(value_head, cta_row);
+  StateTile tile(warp, lane, shared_tile);
+  tile.load(states + start * p.pool_stride, false);
+
   const auto prepare_step = [&](int position) {
     SharedStep<kCtaRows>& shared = steps[warp];
     const Token token = {first.batch, first.token + position, head, value_head};
