@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from world import World
 
 from flashkda_ops.distributed import KimiDeltaAttentionParallel, tensor_parallel_plan
-from flashkda_ops.nn import KimiDeltaAttention
+from flashkda_ops.nn import KimiDeltaAttention, StaticCache
 
 OPTIONS: dict[str, Any] = {"hidden_size": 24, "head_dim": 8, "num_heads": 4, "num_v_heads": 8}
 
@@ -95,6 +95,28 @@ def with_fully_shard() -> float:
     return max(error(whole(a.grad), b.grad) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+@torch.no_grad()
+def with_a_static_cache(sharded: bool, **changes: Any) -> float:
+    """The worst difference of outputs and of this rank's states, of a prompt and three steps."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    expected, model = layer(**changes, layer_idx=0), layer(**changes, layer_idx=0)
+    parallelize_module(model, mesh["tp"], tensor_parallel_plan())
+    if sharded:
+        fully_shard(model, mesh=mesh["dp"])
+    caches, x = (StaticCache(expected, 2), StaticCache(model, 2)), tokens()
+    worst = 0.0
+    for start, end in ((0, 5), (5, 6), (6, 7), (7, 8)):
+        whole_o, o = (
+            m(x[:, start:end], past_key_values=cache, use_cache=True)[0]
+            for m, cache in zip((expected, model), caches, strict=True)
+        )
+        worst = max(worst, error(o, whole_o))
+    rank = mesh["tp"].get_local_rank()
+    for all_heads, mine in zip(*([*cache._tensors()][1:] for cache in caches), strict=True):
+        worst = max(worst, error(mine, all_heads.chunk(2, 1)[rank]))
+    return worst
+
+
 def compiled() -> float:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = layer()
@@ -124,6 +146,12 @@ def test_input_and_output_may_be_slices_of_the_tokens(world: World) -> None:
 
 def test_it_composes_with_fully_shard(world: World) -> None:
     assert max(world.run(with_fully_shard)) < 1e-11
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_short_conv": False}], ids=str)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_static_cache_holds_the_heads_of_the_rank(world: World, sharded: bool, changes: dict[str, Any]) -> None:
+    assert max(world.run(with_a_static_cache, sharded=sharded, **changes)) < 1e-11
 
 
 @pytest.mark.parametrize("world", [2], indirect=True, ids="{} ranks".format)

@@ -67,6 +67,7 @@ class KimiDeltaAttentionParallel(ParallelStyle):
             owners.setdefault(owner, []).append(leaf)
         for owner, leaves in owners.items():
             _read_locally(module.get_submodule(owner), leaves, device_mesh)
+        module.tensor_parallel_size = device_mesh.size()  # type: ignore[assignment]  # caches hold the rank's heads
         module.register_forward_pre_hook(partial(self._take, device_mesh), with_kwargs=True)
         module.register_forward_hook(partial(self._give, device_mesh))
         return module

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashkda_ops import validation
 from flashkda_ops.functional import chunk_kda, recurrent_kda_paged
 from flashkda_ops.nn.norm import RMSNormGated
-from flashkda_ops.nn.short_conv import ShortConvolution
+from flashkda_ops.nn.short_conv import ShortConvolution, validate_packing
 
 __all__ = ["KimiDeltaAttention", "is_fla_layer"]
 
@@ -34,11 +35,28 @@ def _last_states(cache: Any, layer_idx: int | None) -> _States:
     if len(cache) <= layer_idx:
         return none
     last = cache[layer_idx]
+    if last is None:  # of a cache of fla's that was reset
+        return none
     state, conv_states = last["recurrent_state"], last["conv_state"] or none[1]
-    eager = state is not None and not torch.compiler.is_compiling()
-    if eager and state.is_inference() and not torch.is_inference_mode_enabled():  # then nothing may update it in place
+    if state is None or torch.compiler.is_compiling():
+        return state, conv_states
+    if torch.is_grad_enabled():  # the backward pass needs it as it is, and the cache may be updated where it is
+        return state.clone(), conv_states
+    if state.is_inference() and not torch.is_inference_mode_enabled():  # then nothing may update it in place
         return state.clone(), tuple(None if c is None else c.clone() for c in conv_states)
     return state, conv_states
+
+
+def _validate_mask(mask: Tensor, x: Tensor) -> None:
+    B, T, _ = x.shape
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attention_mask must be a tensor of shape [B, S], got a {type(mask).__name__}")
+    if mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] < T:
+        raise ValueError(
+            f"attention_mask must have shape [B, S] with B = {B} and S at least T = {T}, as hidden_states has, "
+            f"got {list(mask.shape)}"
+        )
+    validation.require_device("attention_mask", mask, x, lead="hidden_states")
 
 
 class _Packing(NamedTuple):
@@ -54,7 +72,7 @@ class _Packing(NamedTuple):
         real = mask.flatten()
         tokens = real.cumsum(0)
         padding = torch.cumsum(~real, 0)
-        destination = torch.where(real, tokens, tokens[-1] + padding) - 1
+        destination = torch.where(real, tokens, real.sum() + padding) - 1
         order = torch.empty_like(destination).scatter_(
             0, destination, torch.arange(real.shape[0], device=mask.device, dtype=destination.dtype)
         )
@@ -194,16 +212,32 @@ class KimiDeltaAttention(nn.Module):
         Raises:
             ValueError: naming the argument that is not as described.
         """
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must have shape [B, S], got {list(attention_mask.shape)}")
         x, cu_seqlens = hidden_states, kwargs.get("cu_seqlens")
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            shape = f"[B, T, hidden_size] = [B, T, {self.hidden_size}]"
+            raise ValueError(f"hidden_states must have shape {shape}, got {list(x.shape)}")
+        validate_packing("hidden_states", x, cu_seqlens)
+        if attention_mask is not None and cu_seqlens is None:
+            _validate_mask(attention_mask, x)
         B, T, _ = x.shape
         state, conv_states = _last_states(past_key_values, self.layer_idx)
+        sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state is not None and state.shape[0] != sequences:
+            raise ValueError(
+                "past_key_values must hold as many states as the batch has sequences, "
+                f"got a batch of {sequences} and a cache of {state.shape[0]}"
+            )
         # One token each on states that are there: these are updated where they are.
         in_place = T == 1 and cu_seqlens is None and use_cache and state is not None and not torch.is_grad_enabled()
+        in_place = in_place and B > 0
         active = packing = None
-        if attention_mask is not None and cu_seqlens is None:
-            mask = attention_mask[:, -T:].bool()
+        # Padding may hold anything, NaN too: the gradients of the weights are products with it.
+        if cu_seqlens is not None:
+            real = torch.arange(T, device=x.device) < cu_seqlens[-1]
+            x = torch.where(real.unsqueeze(-1), x, 0)
+        elif attention_mask is not None and B > 0:
+            mask = attention_mask[:, attention_mask.shape[1] - T :].bool()
+            x = torch.where(mask.unsqueeze(-1), x, 0)
             if in_place:
                 active = mask.squeeze(1)
             else:
