@@ -87,15 +87,17 @@ class ShortConvolution(nn.Module):
     def decode(self, x: Tensor, s: Sequences) -> Tensor:
         """``x [N, T, channels]``, from the states before its first tokens; as in ``recurrent_kda_paged``."""
         (taps, channels), T = self.weight.shape, x.shape[1]
-        slots = s.state_indices
+        slots = written = s.state_indices
         if s.num_accepted_tokens is not None:
-            slots = slots.gather(1, s.num_accepted_tokens.long().unsqueeze(1) - 1).squeeze(1)
+            last = s.num_accepted_tokens.long().unsqueeze(1) - 1
+            written = torch.where((last >= 0) & (last < slots.shape[1]), slots, -1)  # other counts mark padding
+            slots = written.gather(1, last.clamp(0, slots.shape[1] - 1)).squeeze(1)
         elif slots.dim() == 2:
             slots = slots[:, 0]
         window = torch.cat((self.state[self.row(slots)], x), 1)
-        if s.state_indices.dim() == 2:  # a state a token
+        if written.dim() == 2:  # a state a token
             states = window.unfold(1, taps - 1, 1)[:, 1:].mT.reshape(-1, taps - 1, channels)
-            self.state.index_copy_(0, self.row(s.state_indices[:, :T]).flatten(), states)
+            self.state.index_copy_(0, self.row(written[:, :T]).flatten(), states)
         else:
             self.state.index_copy_(0, self.row(slots), window[:, T:])
         weight = self.weight.to(x.dtype)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import runpy
-from collections import deque
+import subprocess
+import sys
+from collections import OrderedDict, deque
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -343,9 +346,37 @@ def test_checked_mode_names_a_bad_count_of_accepted_tokens() -> None:
     runner = TableModel().runner(decode_padding=SPECULATIVE, validate=True)
     inputs = {"tokens": torch.zeros(1, DRAFTS + 1).long(), "state_indices": int32(runner.pool.allocate(DRAFTS + 1))}
     runner.decode(**inputs, num_accepted_tokens=int32(DRAFTS + 1))
-    for bad in (0, DRAFTS + 2):
-        with pytest.raises(ValueError, match=rf"num_accepted_tokens must be in \[1, 4\], got {bad}"):
+    for bad in (-1, DRAFTS + 2):
+        message = rf"num_accepted_tokens must be in \[1, 4\], or 0 for padding, got {bad}"
+        with pytest.raises(ValueError, match=message):
             runner.decode(**inputs, num_accepted_tokens=int32(bad))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_count_of_no_accepted_tokens_marks_padding_in_checked_mode_too(device: str) -> None:
+    model = TableModel(device)
+    runner = model.runner(decode_padding=SPECULATIVE, validate=True)
+    slots = [runner.pool.allocate(DRAFTS + 1) for _ in range(2)]
+    tokens = torch.arange(3 * (DRAFTS + 1)).view(3, -1)
+    before = model.state_pool.clone()
+    rows = int32(*slots, [-1] * (DRAFTS + 1))
+    for last in (0, 1, 7, -2):  # of the sequence that has no slots, whatever the count
+        o = runner.decode(tokens=tokens, state_indices=rows, num_accepted_tokens=int32(1, 0, last))
+        assert o[0].any() and not o[1:].any()
+        changed = (model.state_pool != before).flatten(1).any(1).nonzero().flatten()
+        assert changed.tolist() == sorted(slots[0])
+
+
+def test_the_convolution_of_the_example_leaves_a_sequence_without_accepted_tokens_as_it_is() -> None:
+    model = language_model("cpu", slots=6)
+    slots, cold = torch.arange(6).view(2, 3), torch.tensor(0.0)
+    model.prefill(torch.tensor([[7, 8, 9, 10]]), int32(0, 2, 4), int32(0, 3), cold)
+    before = {name: state.clone() for name, state in model.states().items()}
+    for accepted in (0, -1, 4):
+        model.decode(torch.ones(2, 3).long(), slots, cold, int32(1, accepted))
+        for name, state in model.states().items():
+            changed = (state[:6] != before[name][:6]).flatten(1).any(1)
+            assert changed[:3].any() and not changed[3:].any()
 
 
 def test_the_convolution_of_the_example_decodes_speculatively_too() -> None:
@@ -455,12 +486,15 @@ def test_checked_mode_names_bad_slots_before_anything_runs(
         ({"tokens": torch.zeros(4, dtype=torch.int64)}, "tokens must have 3 entries for 3 state_indices, got 4"),
         ({"tokens": torch.zeros(3, dtype=torch.int32)}, "tokens must be int64, got int32"),
         ({"state_indices": torch.zeros(3)}, "state_indices must be int32, got float32"),
+        ({"state_indices": [0, 1, 2]}, "state_indices must be a tensor, got a list"),
     ],
 )
-def test_inputs_of_decode_that_do_not_fit_are_named(change: dict[str, Tensor | None], message: str) -> None:
+@pytest.mark.parametrize("validate", [False, True])
+def test_inputs_of_decode_that_do_not_fit_are_named(change: dict[str, Any], message: str, validate: bool) -> None:
     inputs = {**decode_inputs(3, [0, 1, 2], seed=0), **change}
     with pytest.raises(ValueError, match=message):
-        TableModel().runner(capture=False).decode(**{name: x for name, x in inputs.items() if x is not None})
+        runner = TableModel().runner(capture=False, validate=validate)
+        runner.decode(**{name: x for name, x in inputs.items() if x is not None})
 
 
 @pytest.mark.parametrize(
@@ -469,19 +503,198 @@ def test_inputs_of_decode_that_do_not_fit_are_named(change: dict[str, Tensor | N
         ({"tokens": torch.zeros(7, dtype=torch.int64)}, r"tokens must have shape \[1, tokens\], got \[7\]"),
         ({"cu_seqlens": int32(0, 7)}, "cu_seqlens must have 3 entries for 2 state_indices, got 2"),
         ({"has_initial_state": torch.tensor([True])}, "has_initial_state must have 2 entries for 2 state_indices"),
+        ({"cu_seqlens": [0, 3, 7]}, "cu_seqlens must be a tensor, got a list"),
+        ({"cu_seqlens": int32()}, "cu_seqlens must have 3 entries for 2 state_indices, got 0"),
     ],
 )
-def test_inputs_of_prefill_that_do_not_fit_are_named(change: dict[str, Tensor], message: str) -> None:
+@pytest.mark.parametrize("validate", [False, True])
+def test_inputs_of_prefill_that_do_not_fit_are_named(change: dict[str, Any], message: str, validate: bool) -> None:
     with pytest.raises(ValueError, match=message):
-        TableModel().runner(capture=False).prefill(**{**prompt(3, 4, slots=[0, 1]), **change})
+        TableModel().runner(capture=False, validate=validate).prefill(**{**prompt(3, 4, slots=[0, 1]), **change})
 
 
-def test_functions_must_return_a_row_a_sequence() -> None:
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: x.sum(), r"decode must return a row a sequence, 4 of them, got shape \[\]"),
+        (lambda x: {"logits": x, "loss": x[:1]}, r"decode must return a row a sequence, 4 of them, got shape \[1\]"),
+        (lambda x: None, "decode must return tensors, or tuples, lists and dicts of them, got a NoneType"),
+        (lambda x: (x, "text"), "decode must return tensors, .* got a str"),
+        (lambda x: {"logits": x, "cache": object()}, "decode must return tensors, .* got a object"),
+        (lambda x: x.tolist(), "decode must return tensors, .* got a int"),
+    ],
+    ids=range(6),
+)
+def test_functions_must_return_a_row_a_sequence(returned: Any, message: str) -> None:
     model = TableModel()
     pool = StatePool({"recurrent": model.state_pool})
-    runner = GraphRunner(lambda **inputs: inputs["tokens"].sum(), model.prefill, pool, batch_buckets=(4,))
-    with pytest.raises(ValueError, match=r"decode must return a row a sequence, 4 of them, got shape \[\]"):
-        runner.decode(**decode_inputs(2, [0, 1], seed=0))
+    runner = GraphRunner(lambda **inputs: returned(inputs["tokens"]), model.prefill, pool, batch_buckets=(4,))
+    for n in (2, 4):
+        with pytest.raises(ValueError, match=message):
+            runner.decode(**decode_inputs(n, [*range(12)], seed=0))
+    for call in (runner.capture, runner.warm_up):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=message.replace("4 of them", "6 of them")):  # above the largest bucket
+        runner.decode(**decode_inputs(6, [*range(12)], seed=0))
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: dict[str, Tensor]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_functions_may_return_what_models_return(device: str) -> None:
+    model = TableModel(device)
+    pool = StatePool({"recurrent": model.state_pool})
+
+    def decode(tokens: Tensor, state_indices: Tensor) -> Any:
+        o = model.decode(tokens, state_indices)
+        return OrderedDict(o=o, nested=[Pair(tokens, {"twice": 2 * tokens}), (state_indices,)])
+
+    runner = GraphRunner(decode, model.prefill, pool, batch_buckets=(4,), token_buckets=())
+    runner.capture()
+    for n in (3, 4, 7):
+        inputs = decode_inputs(n, [*range(12)], seed=0)
+        out = runner.decode(**inputs)
+        pair, (slots,) = out["nested"]
+        assert type(out) is OrderedDict and type(pair) is Pair and out["o"].shape[0] == n
+        assert pair.first.tolist() == inputs["tokens"].tolist() and slots.tolist() == inputs["state_indices"].tolist()
+        assert pair.second["twice"].tolist() == (2 * inputs["tokens"]).tolist()
+
+
+def test_outputs_of_transformers_are_outputs() -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    model = TableModel()
+    pool = StatePool({"recurrent": model.state_pool})
+
+    def decode(tokens: Tensor, state_indices: Tensor) -> Any:
+        return outputs.CausalLMOutputWithPast(logits=model.decode(tokens, state_indices))
+
+    out = GraphRunner(decode, model.prefill, pool, batch_buckets=(4,)).decode(**decode_inputs(3, [0, 1, 2], seed=0))
+    assert type(out) is outputs.CausalLMOutputWithPast and out.logits.shape[0] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ambient modes: a default device or dtype, inference mode
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODES: dict[str, Any] = {"inference mode": torch.inference_mode, "meta": lambda: torch.device("meta")}
+IMPORT = """
+import torch
+with {mode}:
+    import flashkda_ops.nn, flashkda_ops.serving, flashkda_ops.distributed
+    from flashkda_ops.integrations import flash_kda
+def tensors(x):
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, dict):
+        for y in x.values():
+            yield from tensors(y)
+    elif isinstance(x, (list, tuple, set)):
+        for y in x:
+            yield from tensors(y)
+import sys
+held = [name for name, module in sys.modules.items() if name.startswith("flashkda_ops") for _ in tensors(vars(module))]
+print(*held)
+from flashkda_ops.serving import GraphRunner, StatePool
+pool = StatePool({{"x": torch.zeros(4, 1)}})
+runner = GraphRunner(lambda tokens, state_indices: tokens + 1, lambda **inputs: inputs["state_indices"], pool)
+print(runner.decode(tokens=torch.tensor([1, 2]), state_indices=torch.tensor([0, 1]).int()).tolist())
+"""
+
+
+@pytest.mark.parametrize("mode", ["torch.device('meta')", "torch.inference_mode()"])
+def test_the_package_may_be_imported_under_a_mode_and_holds_no_tensor(mode: str) -> None:
+    run = [sys.executable, "-c", IMPORT.format(mode=mode)]
+    lines = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == ["", "[2, 3]"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_runner_may_be_made_under_any_mode_and_used_under_another(mode: Any, device: str) -> None:
+    results = []
+    for made, used in ((nullcontext, nullcontext), (mode, nullcontext), (nullcontext, mode), (mode, mode)):
+        model = TableModel(device)
+        with made():
+            runner = model.runner(validate=True)
+        runner.pool.allocate(12)
+        decoded, prompts = decode_inputs(3, [5, 1, 8], seed=0), prompt(4, 9, slots=[2, 7])
+        with used():
+            outputs = [runner.decode(**decoded), *runner.prefill(**prompts), *runner.prefill(**prompts)]
+            runner.pool.copy(2, 3)
+            runner.pool.free([1])
+        results.append([*outputs, model.state_pool.clone()])
+    for result in results[1:]:
+        assert all(torch.equal(actual, expected) for actual, expected in zip(result, results[0], strict=True))
+
+
+@pytest.mark.gpu
+def test_a_runner_takes_inputs_of_the_host_under_a_default_device() -> None:
+    runner, inputs = TableModel("cuda").runner(), decode_inputs(3, [5, 1, 8], seed=0)
+    with torch.device("cuda"):
+        runner.decode(**inputs)
+
+
+@pytest.mark.gpu
+def test_what_is_captured_under_autocast_replays_outside_of_it() -> None:
+    """A cast of a parameter, which autocast keeps until it ends, is no memory for a graph to read."""
+    linear = nn.Linear(256, 256, device="cuda")
+    pool = StatePool({"none": torch.zeros(8, 1, device="cuda")})
+    table = torch.randn(64, 256, device="cuda")
+    runner = GraphRunner(lambda tokens, state_indices: linear(table[tokens]), lambda **_: None, pool, token_buckets=())
+    inputs = decode_inputs(3, [0, 1, 2], seed=0)
+    with torch.autocast("cuda", torch.bfloat16):
+        linear(table)  # leaves a cast of the weight
+        runner.capture()
+        expected = linear(table[inputs["tokens"].cuda()])
+        assert torch.equal(runner.decode(**inputs), expected)
+        assert torch.equal(linear(table[inputs["tokens"].cuda()]), expected)
+    rest = [torch.full((256, 256), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(64)]
+    torch.cuda.synchronize()
+    assert torch.equal(runner.decode(**inputs), expected) and len(rest) == 64
+
+
+@pytest.mark.gpu
+def test_a_function_that_cannot_be_captured_is_named() -> None:
+    pool = StatePool({"none": torch.zeros(8, 1, device="cuda")})
+
+    def decode(tokens: Tensor, state_indices: Tensor) -> Tensor:
+        return tokens * int(state_indices.max())
+
+    runner = GraphRunner(decode, lambda **_: None, pool, batch_buckets=(2,), token_buckets=())
+    with pytest.raises(RuntimeError, match="decode cannot be captured at 2: it may not read values on the host"):
+        runner.capture()
+    assert torch.ones(2, device="cuda").sum() == 2
+
+
+def test_states_that_were_made_in_inference_mode_say_so_outside_of_it() -> None:
+    with torch.inference_mode():
+        model = TableModel()
+    message = "states must be made outside of torch.inference_mode, or used under it, got recurrent"
+    runner = model.runner(capture=False)
+    (slot,) = runner.pool.allocate()
+    calls = (
+        runner.capture,
+        lambda: runner.decode(**decode_inputs(1, [slot], seed=0)),
+        lambda: runner.prefill(**prompt(3, slots=[slot])),
+        lambda: runner.pool.copy(slot),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+        with torch.inference_mode():
+            call()
+
+
+@pytest.mark.parametrize("padding", [torch.zeros((), device="meta"), 0.0])
+def test_padding_without_values_is_named(padding: Any) -> None:
+    what = "a tensor on the meta device" if isinstance(padding, Tensor) else "a float"
+    for argument in ("decode_padding", "prefill_padding"):
+        with pytest.raises(ValueError, match=f"{argument} must hold tensors with values, got {what} for heat"):
+            TableModel().runner(capture=False, **{argument: {"heat": padding}})
 
 
 @pytest.mark.parametrize(
@@ -541,6 +754,43 @@ def test_slots_that_are_not_held_cannot_be_freed_or_copied() -> None:
     assert pool.available == 2
 
 
+SLOTS_OF_TYPES: dict[str, Any] = {
+    "int64": lambda slots: torch.tensor(slots),
+    "int32": lambda slots: torch.tensor(slots, dtype=torch.int32),
+    "tensors": lambda slots: [torch.tensor(slot) for slot in slots],
+    "numpy": lambda slots: torch.tensor(slots).numpy(),
+    "a generator": iter,
+}
+
+
+@pytest.mark.parametrize("of", SLOTS_OF_TYPES.values(), ids=SLOTS_OF_TYPES)
+def test_slots_may_be_integers_of_any_type(of: Any) -> None:
+    pool = make_pool()
+    slots = pool.allocate(4)
+    pool.states["position"][slots[0]] = 7
+    pool.copy(*of(slots[:2]))
+    assert pool.states["position"][slots[1]] == 7
+    pool.free(of(slots[1:]))
+    assert pool.available == 3
+    with pytest.raises(ValueError, match=f"slots must be allocated, got {slots[1]}, which is free"):
+        pool.free(of([slots[0], slots[1]]))
+    with pytest.raises(ValueError, match=f"slots must be distinct, got {slots[0]} 2 times"):
+        pool.free(of([slots[0], slots[0]]))
+    again = pool.allocate(3)
+    assert sorted([slots[0], *again]) == [0, 1, 2, 3] and all(type(slot) is int for slot in again)
+
+
+@pytest.mark.parametrize("slots", [[0.0], ["0"], [None], torch.zeros(1), torch.zeros(1, 1).long(), torch.tensor(0)])
+def test_slots_that_are_no_integers_are_named(slots: Any) -> None:
+    pool = make_pool()
+    pool.allocate(1)
+    with pytest.raises(ValueError, match="slots must be integers, got"):
+        pool.free(slots)
+    with pytest.raises(ValueError, match=r"count must be an integer, got 1\.5"):
+        pool.allocate(1.5)  # type: ignore[arg-type]
+    assert pool.available == 3
+
+
 def test_a_copy_is_of_every_state_and_of_no_other_slot() -> None:
     pool = make_pool()
     a, b, c, d = pool.allocate(4)
@@ -570,3 +820,5 @@ def test_states_must_agree_on_their_slots() -> None:
         StatePool({"a": torch.zeros(3, 2), "b": torch.zeros(4, 2)})
     with pytest.raises(ValueError, match=r"one device, got b \[3\] on meta beside a \[3, 2\] on cpu"):
         StatePool({"a": torch.zeros(3, 2), "b": torch.zeros(3, device="meta")})
+    with pytest.raises(ValueError, match="states must be tensors, got a list for b"):
+        StatePool({"a": torch.zeros(3, 2), "b": [1, 2, 3]})  # type: ignore[dict-item]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -13,21 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from flashkda_ops import validation
 from flashkda_ops.serving.state_pool import StatePool
 
 __all__ = ["CapturedGraph", "CaptureReport", "GraphRunner"]
 
-Outputs = Tensor | tuple["Outputs", ...] | list["Outputs"]
-
-_NO_SLOT = torch.tensor(-1, dtype=torch.int32)
-_DECODE_PADDING = {"tokens": torch.tensor(0), "state_indices": _NO_SLOT}
-_PREFILL_PADDING = {
-    "tokens": torch.tensor(0),
-    "cu_seqlens": torch.tensor(0, dtype=torch.int32),
-    "state_indices": _NO_SLOT,
-    "has_initial_state": torch.tensor(False),
+_PADDING: dict[str, tuple[float, torch.dtype]] = {  # no tensors: these would have the device and mode of the import
+    "tokens": (0, torch.int64),
+    "cu_seqlens": (0, torch.int32),
+    "state_indices": (-1, torch.int32),
+    "has_initial_state": (False, torch.bool),
 }
 _WARM_UPS = 2  # the first call may compile and autotune, the second sets up what the first found
 
@@ -98,6 +95,8 @@ class _Input:
 
     def entries(self, name: str, given: Tensor) -> int:
         """How many entries are given; everything else about them must be right."""
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{name} must be a tensor, got a {type(given).__name__}")
         shape, row = given.shape, self.padding.shape
         if shape[: self.dim] != self.before or shape[self.dim + 1 :] != row or len(shape) <= self.dim:
             expected = ", ".join(map(str, (*self.before, f"{self.kind.value}s", *row)))
@@ -109,7 +108,7 @@ class _Input:
         """Write what is given and, behind it, the padding."""
         target, staged = static, static.is_cuda and not given.is_cuda
         if staged:  # padded in pinned memory: one copy, and the host does not wait for the device
-            target = torch.empty(static.shape, dtype=static.dtype, pin_memory=True)
+            target = torch.empty(static.shape, dtype=static.dtype, device="cpu", pin_memory=True)
         count, length = given.shape[self.dim], target.shape[self.dim]
         target.narrow(self.dim, 0, count).copy_(given)
         if count < length:
@@ -135,7 +134,7 @@ class _Bucket:
     size: _Size
     inputs: dict[str, Tensor]
     graph: torch.cuda.CUDAGraph | None = None
-    outputs: Outputs = ()
+    outputs: Any = None
 
 
 class _Phase:
@@ -144,7 +143,7 @@ class _Phase:
     def __init__(
         self,
         name: str,
-        function: Callable[..., Outputs],
+        function: Callable[..., Any],
         sizes: Sequence[_Size],
         padding: Mapping[str, Tensor],
         kinds: Mapping[str, _Kind],
@@ -162,7 +161,7 @@ class _Phase:
     def size(self, given: Mapping[str, Tensor]) -> _Size:
         """Of a call whose inputs are as they must be."""
         if given.keys() != self.inputs.keys():
-            raise ValueError(f"{self.name} takes the inputs {', '.join(self.inputs)}, got {', '.join(given)}")
+            raise ValueError(f"{self.name} takes the inputs {', '.join(self.inputs)}, got {', '.join(given) or 'none'}")
         entries = {name: entry.entries(name, given[name]) for name, entry in self.inputs.items()}
         tokens = [entries[name] for name, entry in self.inputs.items() if entry.kind is _Kind.TOKEN]
         size = _Size(entries["state_indices"], *tokens)
@@ -174,12 +173,12 @@ class _Phase:
                 )
         return size
 
-    def run(self, given: Mapping[str, Tensor]) -> Outputs:
+    def run(self, given: Mapping[str, Tensor], size: _Size) -> Any:
         """Call or replay on the current stream of the device."""
-        size = self.size(given)
         bucket = next((b for b in self.buckets if size.fits(b.size)), None)
         if bucket is None:
-            return self.function(**{name: x.to(self.device) for name, x in given.items()})
+            outputs = self.function(**{name: x.to(self.device) for name, x in given.items()})
+            return self._rows(outputs, size.sequences, size.sequences)
         for name, static in bucket.inputs.items():
             self.inputs[name].fill(static, given[name])
         if bucket.graph is None:
@@ -189,14 +188,23 @@ class _Phase:
             outputs = bucket.outputs
         return self._rows(outputs, bucket.size.sequences, size.sequences)
 
-    def _rows(self, outputs: Outputs, expected: int, kept: int) -> Outputs:
+    def call_on_padding(self, bucket: _Bucket) -> None:
+        """Call the function on a bucket that is filled with padding: what it returns must be rows there, too."""
+        self._rows(self.function(**bucket.inputs), bucket.size.sequences, 0)
+
+    def _rows(self, outputs: Any, expected: int, kept: int) -> Any:
         """The rows of the call's own sequences, copied: the next replay writes over what this one returned."""
-        if not isinstance(outputs, Tensor):
-            return tuple(self._rows(output, expected, kept) for output in outputs)
-        if outputs.shape[:1] != (expected,):
-            shape = list(outputs.shape)
-            raise ValueError(f"{self.name} must return a row a sequence, {expected} of them, got shape {shape}")
-        return outputs[:kept].clone()
+
+        def rows(output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                kind = type(output).__name__
+                raise ValueError(f"{self.name} must return tensors, or tuples, lists and dicts of them, got a {kind}")
+            if output.shape[:1] != (expected,):
+                shape = list(output.shape)
+                raise ValueError(f"{self.name} must return a row a sequence, {expected} of them, got shape {shape}")
+            return output[:kept].clone()
+
+        return pytree.tree_map(rows, outputs)
 
 
 class GraphRunner:
@@ -206,10 +214,11 @@ class GraphRunner:
     eagerly: correct, and as slow as without graphs. Until :meth:`capture`, and always on a CPU, the functions
     themselves run on the padded inputs.
 
-    The functions take their inputs by keyword and return tensors with one row a sequence (or tuples of them). They are
-    those of any module that keeps the ops' rules for CUDA graphs (``docs/ops.md``): a sequence whose ``state_indices``
-    are -1 reads and writes no state, ``cu_seqlens`` may hold empty sequences and end before the last token. They may be
-    compiled, but not into CUDA graphs of their own.
+    The functions take their inputs by keyword and return tensors with one row a sequence, or tuples, lists and dicts of
+    them (whatever ``torch.utils.pytree`` knows): calls return the same. They are those of any module that keeps the
+    ops' rules for CUDA graphs (``docs/ops.md``): a sequence whose ``state_indices`` are -1 reads and writes no state,
+    ``cu_seqlens`` may hold empty sequences and end before the last token. They may be compiled, but not into CUDA
+    graphs of their own.
 
     ==================== ======================================================== ========== =======
     input of decode      shape                                                    dtype      padding
@@ -230,6 +239,9 @@ class GraphRunner:
     All graphs of a runner share one memory pool, so its calls belong on one stream at a time.
     What a call returns is the caller's to keep. Two runners are independent of each other.
 
+    A runner may be made under any mode (``torch.inference_mode``, a default device or dtype) and used outside of it. A
+    graph replays what :meth:`capture` ran: under ``torch.autocast`` the casts too, whatever is enabled in later calls.
+
     Args:
         decode, prefill: the functions.
         pool: whose slots ``state_indices`` are; its device is that of the inputs.
@@ -242,8 +254,8 @@ class GraphRunner:
             ``{"tokens": torch.zeros(4, dtype=torch.int64), "state_indices": torch.full((4,), -1, dtype=torch.int32),
             "num_accepted_tokens": torch.tensor(1, dtype=torch.int32)}``.
         validate: before each call, hold ``state_indices`` against the slots that are allocated, ``cu_seqlens`` against
-            the tokens and ``num_accepted_tokens`` against the slots of a sequence, on the host (a device
-            synchronisation where they are on the device). ``FLASHKDA_CHECK=1`` does that in every runner.
+            the tokens and ``num_accepted_tokens`` against the slots of a sequence (0 marks padding), on the host: a
+            device synchronisation where they are on the device. ``FLASHKDA_CHECK=1`` does that in every runner.
 
     Raises:
         ValueError: naming the argument that is not as described; from calls, naming the input.
@@ -251,8 +263,8 @@ class GraphRunner:
 
     def __init__(
         self,
-        decode: Callable[..., Outputs],
-        prefill: Callable[..., Outputs],
+        decode: Callable[..., Any],
+        prefill: Callable[..., Any],
         pool: StatePool,
         *,
         batch_buckets: Sequence[int] = (1, 2, 4, 8, 16, 32),
@@ -269,22 +281,23 @@ class GraphRunner:
             raise ValueError(f"prefill_sequences must be positive, got {prefill_sequences}")
         self.pool = pool
         self._validates = validate or validation.CHECK_VALUES
-        self._decode = _Phase(
-            "decode",
-            decode,
-            [_Size(size) for size in batch_buckets],
-            {**_DECODE_PADDING, **(decode_padding or {})},
-            {},
-            pool.device,
-        )
-        self._prefill = _Phase(
-            "prefill",
-            prefill,
-            [_Size(prefill_sequences, size) for size in token_buckets],
-            {**_PREFILL_PADDING, **(prefill_padding or {})},
-            {"tokens": _Kind.TOKEN, "cu_seqlens": _Kind.BOUND},
-            pool.device,
-        )
+        with torch.inference_mode(False):  # what is made in inference mode may not be updated outside of it
+            self._decode = _Phase(
+                "decode",
+                decode,
+                [_Size(size) for size in batch_buckets],
+                _padding(("tokens", "state_indices"), "decode_padding", decode_padding),
+                {},
+                pool.device,
+            )
+            self._prefill = _Phase(
+                "prefill",
+                prefill,
+                [_Size(prefill_sequences, size) for size in token_buckets],
+                _padding(_PADDING, "prefill_padding", prefill_padding),
+                {"tokens": _Kind.TOKEN, "cu_seqlens": _Kind.BOUND},
+                pool.device,
+            )
         self._capturing: _Capturing | None = None
         if pool.device.type == "cuda":
             self._capturing = _Capturing(torch.cuda.Stream(pool.device), torch.cuda.graph_pool_handle())
@@ -292,25 +305,27 @@ class GraphRunner:
     @torch.no_grad()
     def decode(self, **inputs: Tensor) -> Any:
         """Run ``decode`` on inputs on any device; returns its rows for these sequences."""
-        if self._validates and "state_indices" in inputs:
+        size = self._decode.size(inputs)
+        if self._validates:
             slots = inputs["state_indices"]
             self.pool.check(slots)
             validation.check_slots(slots, self.pool.slots, None, inputs.get("num_accepted_tokens"))
-        with self._current_device():
-            return self._decode.run(inputs)
+        with self._calling():
+            return self._decode.run(inputs, size)
 
     @torch.no_grad()
     def prefill(self, **inputs: Tensor) -> Any:
         """Run ``prefill`` on inputs on any device; returns its rows for these sequences."""
-        if self._validates and {"tokens", "cu_seqlens", "state_indices"} <= inputs.keys():
+        size = self._prefill.size(inputs)
+        if self._validates:
             self.pool.check(inputs["state_indices"])
-            validation.check_cu_seqlens(inputs["cu_seqlens"], inputs["tokens"].shape[1])
-        with self._current_device():
-            return self._prefill.run(inputs)
+            validation.check_cu_seqlens(inputs["cu_seqlens"], size.tokens)
+        with self._calling():
+            return self._prefill.run(inputs, size)
 
     def warm_up(self, *, progress: bool = False) -> None:
         """Call the functions at every bucket, on padding alone: what they compile is compiled then."""
-        with self._current_device():
+        with self._calling():
             for phase, bucket in _with_progress("warm up", self._work(), progress):
                 self._warm_up(phase, bucket)
 
@@ -320,7 +335,7 @@ class GraphRunner:
         ``progress`` shows a bar where tqdm is installed, else prints a line a bucket, to stderr.
         """
         graphs, start = [], time.perf_counter()
-        with self._current_device():
+        with self._calling():
             for phase, bucket in _with_progress("capture", self._work(), progress):
                 began = time.perf_counter()
                 self._warm_up(phase, bucket)
@@ -333,20 +348,22 @@ class GraphRunner:
         """Largest first: the memory of a graph is then enough for the smaller ones."""
         return [(phase, bucket) for phase in (self._prefill, self._decode) for bucket in reversed(phase.buckets)]
 
-    def _current_device(self) -> AbstractContextManager[object]:
+    def _calling(self) -> AbstractContextManager[object]:
+        """Around calls of the functions: their device is current, and the states may be written."""
+        self.pool.require_writable()
         return nullcontext() if self._capturing is None else torch.cuda.device(self.pool.device)
 
     @torch.no_grad()
     def _warm_up(self, phase: _Phase, bucket: _Bucket) -> None:
         phase.fill_with_padding(bucket)
         if self._capturing is None:
-            phase.function(**bucket.inputs)
+            phase.call_on_padding(bucket)
             return
         stream = self._capturing.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                phase.function(**bucket.inputs)
+                phase.call_on_padding(bucket)
         torch.cuda.current_stream().wait_stream(stream)
 
     @torch.no_grad()
@@ -356,12 +373,36 @@ class GraphRunner:
         torch.cuda.empty_cache()  # what warm-up leaves is not the graph's
         free, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device: another runner's, or one that loads weights.
-        with torch.cuda.graph(graph, pool=to.memory, stream=to.stream, capture_error_mode="thread_local"):
-            outputs = phase.function(**bucket.inputs)
+        # Under autocast a parameter is cast once, until it ends. Neither may the graph read what was cast before, nor
+        # another call what is cast here, which the graph's replays alone fill.
+        torch.clear_autocast_cache()
+        try:
+            # Other threads may go on using the device: another runner's, or one that loads weights.
+            with torch.cuda.graph(graph, pool=to.memory, stream=to.stream, capture_error_mode="thread_local"):
+                outputs = phase.function(**bucket.inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{phase.name} cannot be captured at {bucket.size.number}: it may not read values on the host or wait "
+                f"for the device: {error}"
+            ) from error
+        finally:
+            torch.clear_autocast_cache()
         torch.cuda.synchronize()
         bucket.graph, bucket.outputs = graph, outputs
         return free - torch.cuda.mem_get_info()[0]
+
+
+def _padding(names: Iterable[str], argument: str, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What padding has for the inputs of these names, and for those given."""
+    padding = {name: torch.tensor(_PADDING[name][0], dtype=_PADDING[name][1], device="cpu") for name in names}
+    for name, row in (given or {}).items():
+        if not isinstance(row, Tensor) or row.is_meta:
+            what = "a tensor on the meta device" if isinstance(row, Tensor) else f"a {type(row).__name__}"
+            raise ValueError(f"{argument} must hold tensors with values, got {what} for {name}")
+        padding[name] = row
+    return padding
 
 
 def _with_progress(label: str, work: list[tuple[_Phase, _Bucket]], enabled: bool) -> Iterator[tuple[_Phase, _Bucket]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from operator import index
 from types import MappingProxyType
 
 import torch
@@ -51,12 +52,16 @@ class StatePool:
             raise ValueError("states must name at least one tensor")
         first_name, first = next(iter(states.items()))
         for name, state in states.items():
+            if not isinstance(state, Tensor):
+                raise ValueError(f"states must be tensors, got a {type(state).__name__} for {name}")
+        for name, state in states.items():
             if state.dim() == 0 or state.shape[0] != first.shape[:1].numel() or state.device != first.device:
                 raise ValueError(
                     f"states must all be [slots, ...] on one device, got {name} {list(state.shape)} on {state.device} "
                     f"beside {first_name} {list(first.shape)} on {first.device}"
                 )
         self.states = MappingProxyType(dict(states))
+        self._of_inference = next((name for name, state in states.items() if state.is_inference()), None)
         self.slots: int = first.shape[0]
         self.device = first.device
         self._poisons = validate or validation.CHECK_VALUES
@@ -73,7 +78,12 @@ class StatePool:
 
         Raises:
             PoolExhausted: where fewer are free.
+            ValueError: where the count is negative or no integer.
         """
+        try:
+            count = index(count)
+        except TypeError:
+            raise ValueError(f"count must be an integer, got {count}") from None
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
         if count > len(self._free):
@@ -82,17 +92,19 @@ class StatePool:
         self._allocated.update(taken)
         return taken
 
-    def free(self, slots: Iterable[int]) -> None:
-        """Give slots back.
+    def free(self, slots: Iterable[int] | Tensor) -> None:
+        """Give slots back: integers, or a tensor of them, of one dimension, which is read on the host.
 
         Raises:
             ValueError: naming a slot that is not allocated, or is given twice; no slot is freed then.
         """
-        slots = list(slots)
+        slots = _integers("slots", slots)
         for slot, times in Counter(slots).items():
             self._require_allocated(slot)
             if times > 1:
                 raise ValueError(f"slots must be distinct, got {slot} {times} times")
+        if self._poisons:
+            self.require_writable()
         self._allocated.difference_update(slots)
         self._free.extend(slots)
         if self._poisons:
@@ -104,12 +116,14 @@ class StatePool:
         """Copy every state of one slot to others, on the current stream: to go on from a prefix that is shared.
 
         Raises:
-            ValueError: naming a slot that is not allocated.
+            ValueError: naming a slot that is not allocated, or a state that may not be written here.
         """
-        for slot in (source, *targets):
+        source, *rest = _integers("slots", (source, *targets))
+        for slot in (source, *rest):
             self._require_allocated(slot)
+        self.require_writable()
         for state in self.states.values():
-            for target in targets:
+            for target in rest:
                 state[target].copy_(state[source])
 
     def check(self, state_indices: Tensor) -> None:
@@ -118,6 +132,8 @@ class StatePool:
         Raises:
             ValueError: naming a slot that is neither -1 (padding) nor allocated, or that is there twice.
         """
+        if not isinstance(state_indices, Tensor):
+            raise ValueError(f"state_indices must be a tensor, got a {type(state_indices).__name__}")
         for slot, times in Counter(state_indices.flatten().tolist()).items():
             if slot == -1:
                 continue
@@ -129,7 +145,31 @@ class StatePool:
             if times > 1:
                 raise ValueError(f"state_indices must name each slot once, got {slot} {times} times")
 
+    def require_writable(self) -> None:
+        """A model that is made under ``torch.inference_mode`` has states that only code under it may update.
+
+        Raises:
+            ValueError: naming such a state, outside of that mode.
+        """
+        if self._of_inference is not None and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"states must be made outside of torch.inference_mode, or used under it, got {self._of_inference}, "
+                "made under it: it may not be updated outside"
+            )
+
     def _require_allocated(self, slot: int) -> None:
         if slot not in self._allocated:
             what = "is free" if 0 <= slot < self.slots else f"is not one of the {self.slots}"
             raise ValueError(f"slots must be allocated, got {slot}, which {what}")
+
+
+def _integers(name: str, values: Iterable[object]) -> list[int]:
+    """The values, if they are integers of whatever type: a number in a tensor is equal to none, and hashes as none."""
+    if isinstance(values, Tensor):
+        if values.dim() != 1:
+            raise ValueError(f"{name} must be integers, got a tensor of shape {list(values.shape)}")
+        values = values.tolist()
+    try:
+        return [index(value) for value in values]  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} must be integers, got {values}") from None
