@@ -28,21 +28,29 @@ from kda_lm import Config, KdaLM, serving_copy
 from flashkda_ops import show_config
 
 WEIGHTS = Path(__file__).parent / "out" / "model.pt"
-MAX_PROMPT, MAX_TOKENS = 4096, 4096
+MAX_PROMPT, MAX_TOKENS, MAX_BODY = 4096, 4096, 1 << 16
 
 
 class Overloaded(RuntimeError):
     """More requests wait than the server takes."""
 
 
+class Stopped(RuntimeError):
+    """The engine does not run any more."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has stopped")
+
+
 class Server:
     """The engine on a thread of its own, and the streams that its tokens go to.
 
     Requests cross to that thread through a queue, and the events of a step come back to the event loop in one call.
+    A request's body must have come after ``body_timeout`` seconds.
     """
 
-    def __init__(self, engine: Engine, *, max_requests: int = 256) -> None:
-        self.engine, self.max_requests = engine, max_requests
+    def __init__(self, engine: Engine, *, max_requests: int = 256, body_timeout: float = 10.0) -> None:
+        self.engine, self.max_requests, self.body_timeout = engine, max_requests, body_timeout
         self.streams: dict[Request, asyncio.Queue[Event | None]] = {}  # of the event loop
         self._arrivals: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._loop, self._stopped = asyncio.get_running_loop(), False
@@ -56,7 +64,7 @@ class Server:
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Submit a request; its events as they come. Leaving the iteration cancels it."""
         if self._stopped:
-            raise RuntimeError("the engine has stopped")
+            raise Stopped
         if len(self.streams) >= self.max_requests:
             raise Overloaded
         self.streams[request] = asyncio.Queue()
@@ -65,7 +73,7 @@ class Server:
             while True:
                 event = await self.streams[request].get()
                 if event is None:
-                    raise RuntimeError("the engine has stopped")
+                    raise Stopped
                 yield event
                 if event.last:
                     return
@@ -101,22 +109,60 @@ class Server:
 SERVER = web.AppKey("server", Server)
 
 
-async def read_request(http: web.Request) -> Request:
-    """The body's JSON as a request, or 400 that says what is wrong."""
+async def read_body(http: web.Request) -> bytes:
+    if (charset := http.charset or "utf-8").lower() not in ("utf-8", "utf8"):
+        raise web.HTTPUnsupportedMediaType(text=f"the body must be JSON in UTF-8, got charset {charset}\n")
     try:
-        body = await http.json()
-        if not isinstance(body, dict):
+        return await asyncio.wait_for(http.read(), http.app[SERVER].body_timeout)
+    except asyncio.TimeoutError:
+        refused: web.HTTPException = web.HTTPRequestTimeout(text="the body did not come in time\n")
+    except web.RequestPayloadError:
+        refused = web.HTTPBadRequest(text="the body is not encoded as its headers say\n")
+    refused.force_close()  # nothing more is read from this client
+    raise refused
+
+
+def parse(body: bytes) -> object:
+    try:
+        return json.loads(body.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the body must be JSON in UTF-8: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the body must be JSON: {error}") from None
+    except (ValueError, RecursionError):  # Python's limits to the digits of a number, and to lists in lists
+        raise ValueError("the body must be JSON without very long numbers or very deep lists") from None
+
+
+def encode(prompt: object) -> bytes:
+    try:
+        data = prompt.encode() if isinstance(prompt, str) else b""
+    except UnicodeEncodeError:
+        raise ValueError("prompt must be text, got half of a surrogate pair") from None
+    if not 0 < len(data) <= MAX_PROMPT:
+        raise ValueError(f"prompt must be a string of 1 to {MAX_PROMPT} bytes")
+    return data
+
+
+def is_number(value: object, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+async def read_request(http: web.Request) -> Request:
+    """The body's JSON as a request, or a status of 4xx with what is wrong."""
+    body = await read_body(http)
+    try:
+        fields = parse(body)
+        if not isinstance(fields, dict):
             raise ValueError("the body must be a JSON object")
-        prompt, max_tokens, temperature = body.get("prompt"), body.get("max_tokens", 100), body.get("temperature", 0.0)
-        if not isinstance(prompt, str) or not 0 < len(data := prompt.encode()) <= MAX_PROMPT:
-            raise ValueError(f"prompt must be a string of 1 to {MAX_PROMPT} bytes")
-        if not isinstance(max_tokens, int) or not 0 < max_tokens <= MAX_TOKENS:
+        prompt, max_tokens = encode(fields.get("prompt")), fields.get("max_tokens", 100)
+        temperature = fields.get("temperature", 0.0)
+        if not is_number(max_tokens, int) or not 0 < max_tokens <= MAX_TOKENS:
             raise ValueError(f"max_tokens must be an integer in [1, {MAX_TOKENS}]")
-        if not isinstance(temperature, (int, float)) or not 0 <= temperature <= 10:
+        if not is_number(temperature, int, float) or not 0 <= temperature <= 10:
             raise ValueError("temperature must be a number in [0, 10]")
     except ValueError as error:
         raise web.HTTPBadRequest(text=f"{error}\n") from None
-    return Request(data, max_tokens, float(temperature))
+    return Request(prompt, max_tokens, float(temperature))
 
 
 async def generate(http: web.Request) -> web.StreamResponse:
@@ -132,6 +178,10 @@ async def generate(http: web.Request) -> web.StreamResponse:
                 await send(response, {"text": piece})
         except Overloaded:
             raise web.HTTPServiceUnavailable(headers={"Retry-After": "1"}, text="too many requests\n") from None
+        except Stopped as stopped:
+            if response.prepared:  # the stream ends early, and so without its last event
+                raise
+            raise web.HTTPInternalServerError(text=f"{stopped}\n") from None
     await send(response, {"done": True, "tokens": len(request.tokens)})
     await response.write_eof()
     return response
@@ -147,13 +197,15 @@ async def health(http: web.Request) -> web.Response:
     return web.json_response({**counts, "slots": engine.pool.slots, "free": engine.pool.available})
 
 
-def make_app(engine: Engine, **options: int) -> web.Application:
+def make_app(engine: Engine, **options: float) -> web.Application:
+    """The application; ``options`` are those of :class:`Server`."""
+
     async def lifespan(app: web.Application) -> AsyncIterator[None]:
         app[SERVER] = Server(engine, **options)
         yield
         await app[SERVER].close()
 
-    app = web.Application()
+    app = web.Application(client_max_size=MAX_BODY)
     app.cleanup_ctx.append(lifespan)
     app.add_routes([web.post("/generate", generate), web.get("/health", health)])
     return app
@@ -179,6 +231,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32, help="sequences that are served at once (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile the model's functions too")
     args = parser.parse_args()
+    if args.slots < 1:
+        parser.error(f"--slots must be positive, got {args.slots}")
     if not args.weights.is_file():
         parser.error(f"no weights at {args.weights}: run train_and_generate.py first")
     show_config()
