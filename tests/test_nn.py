@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -109,7 +110,9 @@ def test_a_new_layer_is_initialised_as_flas() -> None:
     ("arguments", "message"),
     [
         ({"head_dim": 3, "expand_v": 1.5}, "expand_v"),
-        ({"num_heads": 2, "num_v_heads": 3}, "num_v_heads"),
+        ({"num_heads": 2, "num_v_heads": 3}, "num_v_heads must be a multiple of num_heads = 2, got 3"),
+        ({"num_heads": 2, "num_v_heads": 0}, "num_v_heads must be a multiple of num_heads = 2, got 0"),
+        ({"num_heads": 0}, "num_heads must be positive, got 0"),
         ({"mode": "parallel"}, "mode"),
         ({"safe_gate": True}, "lower_bound"),
         ({"lower_bound": -7.0}, "lower_bound"),
@@ -761,6 +764,21 @@ def test_the_gated_norm_has_flas_activations() -> None:
     assert torch.equal(total, x + g)
     with pytest.raises(ValueError, match="activation"):
         RMSNormGated(4, activation="relu")
+
+
+def test_shapes_that_a_norm_would_broadcast_are_named() -> None:
+    x = torch.ones(2, 3, HIDDEN)
+    for bad, shape in ((x[..., :1], "[2, 3, 1]"), (x[0], "[3, 24]"), (torch.tensor(1.0), "[]")):
+        for call in (lambda: RMSNorm(HIDDEN)(x, bad), lambda: RMSNormGated(HIDDEN)(x, x, bad)):  # noqa: B023
+            with pytest.raises(
+                ValueError, match=re.escape(f"residual must have the shape of x, [2, 3, 24], got {shape}")
+            ):
+                call()
+        with pytest.raises(ValueError, match=re.escape(f"g must have the shape of x, [2, 3, 24], got {shape}")):
+            RMSNormGated(HIDDEN)(x, bad)
+    for call in (lambda: RMSNorm(HIDDEN)(x[..., :1]), lambda: RMSNormGated(HIDDEN)(x[..., :1], x)):
+        with pytest.raises(ValueError, match=re.escape("x must have shape [..., 24], got [2, 3, 1]")):
+            call()
 
 
 def test_the_mlp_has_flas_sizes_and_results() -> None:

@@ -132,11 +132,13 @@ class KimiDeltaAttention(nn.Module):
         **kwargs: object,
     ) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be positive, got {num_heads}")
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
         head_v_dim = int(head_dim * expand_v)
         if not math.isclose(head_dim * expand_v, head_v_dim, rel_tol=1e-5):
             raise ValueError(f"expand_v must make head_dim * expand_v an integer, got {head_dim} * {expand_v}")
-        if num_v_heads % num_heads != 0:
+        if num_v_heads < 1 or num_v_heads % num_heads != 0:
             raise ValueError(f"num_v_heads must be a multiple of num_heads = {num_heads}, got {num_v_heads}")
         if mode not in ("chunk", "fused_recurrent"):
             raise ValueError(f"mode must be chunk or fused_recurrent, got {mode}")

@@ -19,6 +19,19 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _validate(hidden_size: int, **inputs: Tensor | None) -> None:
+    """Sizes that a product or a sum would broadcast silently."""
+    shape = None
+    for name, x in inputs.items():
+        if x is None:
+            continue
+        if shape is None and (x.dim() == 0 or x.shape[-1] != hidden_size):
+            raise ValueError(f"{name} must have shape [..., {hidden_size}], got {list(x.shape)}")
+        if shape is not None and x.shape != shape:
+            raise ValueError(f"{name} must have the shape of x, {list(shape)}, got {list(x.shape)}")
+        shape = x.shape
+
+
 class RMSNorm(nn.Module):
     """The RMS norm of fla, with its fused residual connection.
 
@@ -55,7 +68,12 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of ``x + residual``; with ``prenorm`` also that sum, in the dtype of ``residual``."""
+        """The norm of ``x + residual``; with ``prenorm`` also that sum, in the dtype of ``residual``.
+
+        Raises:
+            ValueError: naming the argument whose shape is not ``[..., hidden_size]``, or not that of ``x``.
+        """
+        _validate(self.hidden_size, x=x, residual=residual)
         total = _wide(x)
         stored = torch.float32 if residual_in_fp32 else x.dtype
         if residual is not None:
@@ -105,7 +123,12 @@ class RMSNormGated(nn.Module):
         prenorm: bool = False,
         residual_in_fp32: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The gated norm of ``x + residual``; with ``prenorm`` also that sum, in the dtype of ``residual``."""
+        """The gated norm of ``x + residual``; with ``prenorm`` also that sum, in the dtype of ``residual``.
+
+        Raises:
+            ValueError: naming the argument whose shape is not ``[..., hidden_size]``, or not that of ``x``.
+        """
+        _validate(self.hidden_size, x=x, g=g, residual=residual)
         total = _wide(x)
         stored = torch.float32 if residual_in_fp32 else x.dtype
         if residual is not None:

@@ -377,8 +377,10 @@ class GraphRunner:
         # another call what is cast here, which the graph's replays alone fill.
         torch.clear_autocast_cache()
         try:
-            # Other threads may go on using the device: another runner's, or one that loads weights.
-            with torch.cuda.graph(graph, pool=to.memory, stream=to.stream, capture_error_mode="thread_local"):
+            # Other threads may go on using the device: another runner's, or one that loads weights. The stream is made
+            # current twice, since a capture that fails leaves it so.
+            captured = torch.cuda.graph(graph, pool=to.memory, stream=to.stream, capture_error_mode="thread_local")
+            with torch.cuda.stream(to.stream), captured:
                 outputs = phase.function(**bucket.inputs)
         except torch.cuda.OutOfMemoryError:
             raise
