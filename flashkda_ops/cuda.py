@@ -166,7 +166,7 @@ def _address(name: str, x: Tensor | None) -> int:
     if x is None:
         return 0
     address = x.data_ptr()
-    if address < _LEAST_ADDRESS and x.numel() > 0 and x.untyped_storage().data_ptr() == 0:
+    if address < _LEAST_ADDRESS and x.numel() > 0 and not x.is_meta and x.untyped_storage().data_ptr() == 0:
         raise ValueError(f"{name} must have storage, got a tensor of shape {list(x.shape)} whose storage was freed")
     if address % x.element_size() != 0 and x.is_cuda:
         size = x.element_size()

@@ -98,42 +98,43 @@ struct PackedTokens {
 };
 
 // cu_seqlens as every op reads it: within the tokens there are, and never decreasing, so that no token is two
-// sequences'. An entry is the largest of those up to it, which each warp finds for itself where they are few, since a
-// barrier would make it wait for the others, or else its share of. Loads are on their way together.
+// sequences'. An entry is the largest of those up to it. One warp finds that for the CTA where entries are few: with a
+// few tokens a sequence, instructions are what binds. All threads call it, and agree even if someone writes cu_seqlens
+// meanwhile.
 __device__ __forceinline__ PackedTokens packed_tokens(const RecurrentKdaParams& p, int sequence) {
   __shared__ int2 warp_largest[kTokensWarps];
-  constexpr int kTogether = 4, kMostAlone = 256;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, entries = int(p.sequences) + 1;
-  const bool alone = entries <= kMostAlone;
-  const int step = alone ? 32 : kTokensThreads;
+  __shared__ int2 first_and_next;
+  constexpr int kTogether = 4;  // loads of a thread on their way
+  const int thread = threadIdx.x, warp = thread / 32, entries = int(p.sequences) + 1;
+  const int warps = min((entries + 32 * kTogether - 1) / (32 * kTogether), kTokensWarps), threads = 32 * warps;
   const auto entry = [&](int i) {
     const int64_t token = load_index(p.cu_seqlens, i * p.cu_seqlens.stride);
     return int(token < 0 ? 0 : token < p.tokens ? token : p.tokens);
   };
-  const int first = entry(0), next = entry(sequence + 1);
-  int upto = 0, all = 0;
-  for (int begin = alone ? lane : thread; begin < entries; begin += kTogether * step) {
-    int tokens[kTogether];
+  if (warp < warps) {
+    int upto = 0, all = 0;
+    for (int begin = thread; begin < entries; begin += kTogether * threads) {
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) tokens[j] = entry(min(begin + j * step, entries - 1));
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      all = max(all, tokens[j]);
-      if (begin + j * step <= sequence) upto = max(upto, tokens[j]);
+      for (int j = 0; j < kTogether; ++j) {
+        const int i = begin + j * threads;
+        const int token = i < entries ? entry(i) : 0;
+        all = max(all, token);
+        if (i <= sequence) upto = max(upto, token);
+        if (i == 0) first_and_next.x = token;
+        if (i == sequence + 1) first_and_next.y = token;
+      }
     }
+    upto = __reduce_max_sync(kFullWarp, upto);
+    all = __reduce_max_sync(kFullWarp, all);
+    if (thread % 32 == 0) warp_largest[warp] = make_int2(upto, all);
   }
-  upto = __reduce_max_sync(kFullWarp, upto);
-  all = __reduce_max_sync(kFullWarp, all);
-  if (!alone) {
-    if (lane == 0) warp_largest[warp] = make_int2(upto, all);
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < kTokensWarps; ++w) {
-      upto = max(upto, warp_largest[w].x);
-      all = max(all, warp_largest[w].y);
-    }
+  __syncthreads();
+  int2 largest = warp_largest[0];
+  for (int w = 1; w < warps; ++w) {
+    largest.x = max(largest.x, warp_largest[w].x);
+    largest.y = max(largest.y, warp_largest[w].y);
   }
-  return {upto, max(upto, next), first, all};
+  return {largest.x, max(largest.x, first_and_next.y), first_and_next.x, largest.y};
 }
 
 // Zeros in a CTA's rows of o, for every step-th of `count` tokens.
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
       const float u = __fmul_rn(step.beta, step.v[row] - Sk_or_Sq);  // in the lower half warp
       update(S, u, k);
       if (p.slots > 0) round_to<State>(S);  // so that decoding goes on from an accepted token's state as this does
-      if (step.slot >= 0) tile.store(states + step.slot * p.pool_stride, S);
+      if (uint64_t(step.slot) < uint64_t(p.pool_rows)) tile.store(states + step.slot * p.pool_stride, S);
       const float u_of_row = __shfl_sync(kFullWarp, u, lane % 16);
       if (Rows<kRows>::writes_o(lane)) *o = from_float<T>(fmaf(u_of_row, step.qk, Sk_or_Sq));
       o += p.o_stride.token;
