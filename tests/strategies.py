@@ -135,11 +135,12 @@ class Sizes(NamedTuple):
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NARROW, _WIDE = [(4, 4), (1, 1), (2, 3), (7, 5), (16, 8), (33, 16), (64, 40), (48, 64)], [(128, 2), (128, 128)]
-_KERNELS = [(128, 128)] * 6 + [(64, 64), (96, 128), (128, 65), (127, 100)]
+KERNEL_WIDTHS = [(128, 128)] * 6 + [(64, 64), (96, 128), (128, 65), (127, 100)]
+"""K and V that the chunk kernels serve, as they are or filled up."""
 
 CPU = Sizes(160, (1, 2, 3), (1, 2, 3), [*_NARROW, *_WIDE], _FLOATS)
 GPU = Sizes(
-    300, (1, 2, 3, 16), (1, 1, 2, 3), [*_KERNELS, (64, 200), (16, 8)],
+    300, (1, 2, 3, 16), (1, 1, 2, 3), [*KERNEL_WIDTHS, (64, 200), (16, 8)],
     (*[torch.bfloat16] * 4, *[torch.float16] * 2, torch.float32, torch.float64),
 )  # fmt: skip
 
@@ -476,12 +477,18 @@ def exact(
     return Exact(o, o_sizes, states, state_sizes)
 
 
+def subnormal(dtype: torch.dtype, count: int) -> float:
+    """The norm of what so many numbers lose where they are rounded to subnormal ones, which are as far from each other
+    whatever their size."""
+    steps = [torch.finfo(x).smallest_normal * torch.finfo(x).eps for x in (dtype, _computed(dtype))]
+    return (steps[0] + 64 * steps[1]) * math.sqrt(count)
+
+
 def distances(actual: Tensor, expected: Tensor, sizes: Tensor) -> Tensor:
     """``||actual - expected|| / max(||expected||, size)`` over the last two dimensions, where sizes are over the last
-    but one. What is rounded to a subnormal number is as far off as these are from each other, whatever its size."""
-    steps = [torch.finfo(x).smallest_normal * torch.finfo(x).eps for x in (actual.dtype, _computed(actual.dtype))]
-    subnormal = (steps[0] + 64 * steps[1]) * math.sqrt(actual.shape[-1] * actual.shape[-2])
-    away = ((actual.double() - expected).flatten(-2).norm(dim=-1) - subnormal).clamp(min=0)
+    but one. What is lost to subnormal numbers does not count."""
+    lost = subnormal(actual.dtype, actual.shape[-1] * actual.shape[-2])
+    away = ((actual.double() - expected).flatten(-2).norm(dim=-1) - lost).clamp(min=0)
     size = torch.maximum(expected.flatten(-2).norm(dim=-1), sizes.norm(dim=-1))
     return torch.where(away == 0, 0.0, away / size)
 

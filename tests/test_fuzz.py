@@ -236,21 +236,27 @@ def gradient_distance(name: str, actual: Tensor, expected: Tensor, case: Case, s
     size: of what the gradient is a difference of.
     """
     assert torch.isfinite(actual).all(), name
+
+    def distance(x: Tensor, y: Tensor, least: float) -> float:
+        away = float((x.double() - y).norm()) - strategies.subnormal(x.dtype, x.numel())
+        return max(away, 0.0) / max(float(y.norm()), least, 1e-300)
+
     if name not in TOKENS or case.T == 0:
-        return float((actual.double() - expected).norm()) / max(float(expected.norm()), size, 1e-30)
+        return distance(actual, expected, size)
     found, norm = [0.0], float(expected.norm())
     for span, length in zip(case.spans, case.lengths, strict=True):
         if length:
             (x,), (y,) = strategies.of_sequences(actual, [span]), strategies.of_sequences(expected, [span])
-            least = max(0.1 * norm * (length / (case.B * case.T)) ** 0.5, size, 1e-30)
-            found.append(float((x.double() - y).norm()) / max(float(y.norm()), least))
+            found.append(distance(x, y, max(0.1 * norm * (length / (case.B * case.T)) ** 0.5, size)))
     return max(found)
 
 
-def summand_sizes(call: Call, case: Case, grads: dict[str, Tensor], dht: Tensor | None) -> dict[str, float]:
+def summand_sizes(
+    call: Call, case: Case, grads: dict[str, Tensor], do: Tensor | None, dht: Tensor | None
+) -> dict[str, float]:
     """The sizes of what gradients are differences of. Those of the gate are made of the products of ``q`` and of ``k``
     with theirs (``docs/backward.md``), which cancel where gates forget much; those of parameters are sums over tokens,
-    too. That of the initial state is what gates leave of the final state's, less what the keys take out of it."""
+    too. That of the initial state is what gates leave of the others', less what the keys take out of it."""
     product = sum(float((call[name].double() * grads[name]).norm()) for name in "qk")
     slope, away = 1.0, 1.0
     if call.get("use_gate_in_kernel"):
@@ -260,10 +266,16 @@ def summand_sizes(call: Call, case: Case, grads: dict[str, Tensor], dht: Tensor 
         away = max(1.0, float(call["g"].abs().max()) + bias) if call["g"].numel() else 1.0
     tokens = call["q"].shape[:2].numel() ** 0.5
     sizes = {"g": product * slope, "dt_bias": product * slope * tokens, "A_log": product * slope * tokens * away}
-    if dht is not None and "initial_state" in grads:
-        nothing_written = call | {"v": torch.zeros_like(call["v"])}
-        left = exact(nothing_written, case.spans, v_first(dht, case).double()).state_sizes
-        sizes["initial_state"] = float(left.norm())
+    if "initial_state" in grads:
+        ones = torch.ones(len(case.spans), case.HV, case.V, case.K, device=call["v"].device) * (case.V * case.K) ** -0.5
+        left = exact(call | {"v": torch.zeros_like(call["v"])}, case.spans, ones)
+        size = torch.zeros(len(case.spans), case.HV, dtype=torch.float64, device=ones.device)
+        if dht is not None:
+            size += left.state_sizes[:, 0] * dht.double().flatten(2).norm(dim=-1)
+        if do is not None:
+            for n, part in enumerate(strategies.of_sequences(do.double().norm(dim=-1), case.spans)):
+                size[n] += (left.o_sizes[n, : part.shape[0]] * part).sum(0) * case.K**0.5
+        sizes["initial_state"] = float(size.norm())
     return sizes
 
 
@@ -301,7 +313,7 @@ def test_gradients_are_those_of_the_recurrence(device: str, data: st.DataObject)
 
     results, expected = run(call), dict(zip(present, exactly(call), strict=True))
     is_served = strategies.served(call)
-    sizes = summand_sizes(call, case, expected, given[1])
+    sizes = summand_sizes(call, case, expected, *given)
     for name, x in zip(names, results, strict=True):
         assert x.shape == call[name].shape and x.dtype == call[name].dtype, name
         if name in TOKENS:
@@ -313,8 +325,9 @@ def test_gradients_are_those_of_the_recurrence(device: str, data: st.DataObject)
         allowed = max(GRADIENT_TOLERANCES[x.dtype], tolerance(case, call, False).state)
         if is_served:
             allowed = 0.1 if case.values in ("one key", "beta at its ends") else 1.2e-2
-        if away >= allowed:  # where terms cancel, rounding anywhere else is as far off
-            allowed = max(allowed, 4 * rounded_otherwise(exactly, call, name, expected[name], case, is_served))
+        if away >= allowed:  # where terms cancel, rounding anywhere else is as far off; chunks of one key cancel more
+            moved = rounded_otherwise(exactly, call, name, expected[name], case, is_served)
+            allowed = max(allowed, (16 if case.has_one_key else 4) * moved)
         assert away < allowed, (name, away, allowed)
     if "initial_state" in names and given[1] is not None:
         for n, length in enumerate(case.lengths):
@@ -566,7 +579,13 @@ def test_a_slot_a_token_gives_the_bits_of_decoding_one_token_after_the_other(dev
             expected_o[row, t] = recurrent_kda_paged(**{**single, **token, **slot})[0, 0]
             if t - start < width and pool.has(slots[n][t - start]):
                 pool.view(expected, case)[slots[n][t - start]] = state[0]
-    assert same_bits(o, expected_o) and same_bits(rows, expected)
+    view = pool.view(memory, case)
+    if device == "cpu" or cuda.recurrent_kda_paged_reason(*(call[name] for name in TOKENS), view) is None:
+        assert same_bits(o, expected_o) and same_bits(rows, expected)
+    else:  # cuBLAS chooses an algorithm by how many products there are
+        assert error(o, expected_o) < 1e-5 + 2 * strategies.ROUNDED[case.dtype]
+        assert torch.equal(rows.isnan(), expected.isnan())
+        assert error(rows.nan_to_num(), expected.nan_to_num()) < 1e-5 + 2 * strategies.ROUNDED[pool.dtype]
     assert_repeats(run, call, results)
     assert_taken_as_safe(run, call, case, results)
 

@@ -10,7 +10,7 @@ import pytest
 import strategies
 import torch
 from helpers import TOKENS, Call, cotangents, requiring_grad, rows
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import DEVICES, Case, build, exact, same_bits, tolerance
 from torch import Tensor
@@ -22,7 +22,7 @@ on_every_device = pytest.mark.parametrize("device", DEVICES)
 Pair = tuple[Tensor, Tensor]
 
 VALUES = ("random", "zeros", "one key", "beta at its ends")
-WIDTHS = {"cpu": [(4, 4), (16, 8), (64, 40), (48, 64), (128, 2), (128, 128)], "cuda": None}
+WIDTHS = {"cpu": [(4, 4), (16, 8), (64, 40), (48, 64), (128, 2), (128, 128)], "cuda": strategies.KERNEL_WIDTHS}
 """Where bits are compared. Products of odd sizes MKL rounds by where in memory they lie, and those of one column torch
 takes for those of a vector where they are alone."""
 
@@ -34,6 +34,12 @@ CHUNK = 64
 def run(call: Call) -> Pair:
     o, state = chunk_kda(**call, output_final_state=True)
     return o, state
+
+
+def has_bits_of_its_own(call: Call) -> bool:
+    """Whether what a sequence or a head is computed beside changes no bit: by the kernels, and on a CPU, but not where
+    cuBLAS chooses an algorithm by how many products there are."""
+    return not call["q"].is_cuda or strategies.served(call)
 
 
 def all_same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
@@ -77,7 +83,7 @@ def test_a_sequence_may_be_split_anywhere_and_its_states_chained(device: str, da
     o_second, state = run(rows(call, cut) | {"initial_state": state})
     chained = torch.cat((o_first, o_second), 1), state
     assert_near(whole, chained, call, case)
-    if case.batch_invariant and cut % CHUNK == 0:
+    if case.batch_invariant and cut % CHUNK == 0 and has_bits_of_its_own(call):
         assert all_same_bits(whole, chained)
 
 
@@ -87,6 +93,7 @@ def test_sequences_in_another_order_have_the_same_bits(device: str, data: st.Dat
     case = data.draw(strategies.cases(device, values=VALUES, widths=WIDTHS[device]))
     case = replace(case, batch_invariant=True)
     call, spans = build(case, device), case.spans
+    assume(has_bits_of_its_own(call))
     order = data.draw(st.permutations(range(len(spans))))
     moved = dict(call)
     for name in TOKENS:
@@ -116,6 +123,7 @@ def test_sequences_together_have_the_bits_they_have_alone(device: str, data: st.
     case = data.draw(strategies.cases(device, values=VALUES, long=False, widths=WIDTHS[device]))
     case = replace(case, batch_invariant=True, initial_state=True)
     call = build(case, device)
+    assume(has_bits_of_its_own(call))
     do, dht = cotangents(call, case.seed)
     names = (*TOKENS, "initial_state")
 
@@ -186,7 +194,7 @@ def test_a_head_does_not_depend_on_its_neighbours(device: str, data: st.DataObje
             view[where] = call[name].reshape(view.shape)[where]
     (o, state), (o_other, state_other) = run(call), run(other)
     assert same_bits(o[:, :, heads], o_other[:, :, heads]) and same_bits(state[:, heads], state_other[:, heads])
-    if case.batch_invariant:
+    if case.batch_invariant and has_bits_of_its_own(call):
         assert all_same_bits((o[:, :, heads], state[:, heads]), run(of_group(call, case, group)))
 
 
