@@ -98,43 +98,32 @@ struct PackedTokens {
 };
 
 // cu_seqlens as every op reads it: within the tokens there are, and never decreasing, so that no token is two
-// sequences'. An entry is the largest of those up to it. One warp finds that for the CTA where entries are few: with a
-// few tokens a sequence, instructions are what binds. All threads call it, and agree even if someone writes cu_seqlens
-// meanwhile.
+// sequences'. An entry is the largest of those up to it, which the threads of a CTA find together. All of them call it,
+// and agree even if someone writes cu_seqlens meanwhile.
+template <typename Index>
 __device__ __forceinline__ PackedTokens packed_tokens(const RecurrentKdaParams& p, int sequence) {
   __shared__ int2 warp_largest[kTokensWarps];
-  __shared__ int2 first_and_next;
-  constexpr int kTogether = 4;  // loads of a thread on their way
-  const int thread = threadIdx.x, warp = thread / 32, entries = int(p.sequences) + 1;
-  const int warps = min((entries + 32 * kTogether - 1) / (32 * kTogether), kTokensWarps), threads = 32 * warps;
-  const auto entry = [&](int i) {
-    const int64_t token = load_index(p.cu_seqlens, i * p.cu_seqlens.stride);
-    return int(token < 0 ? 0 : token < p.tokens ? token : p.tokens);
-  };
-  if (warp < warps) {
-    int upto = 0, all = 0;
-    for (int begin = thread; begin < entries; begin += kTogether * threads) {
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const int i = begin + j * threads;
-        const int token = i < entries ? entry(i) : 0;
-        all = max(all, token);
-        if (i <= sequence) upto = max(upto, token);
-        if (i == 0) first_and_next.x = token;
-        if (i == sequence + 1) first_and_next.y = token;
-      }
-    }
-    upto = __reduce_max_sync(kFullWarp, upto);
-    all = __reduce_max_sync(kFullWarp, all);
-    if (thread % 32 == 0) warp_largest[warp] = make_int2(upto, all);
+  __shared__ int first, next;
+  const Index* const entries = static_cast<const Index*>(p.cu_seqlens.values);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, last = int(p.sequences);
+  int upto = 0, all = 0;
+#pragma unroll 4
+  for (int i = thread; i <= last; i += kTokensThreads) {
+    const Index given = __ldg(entries + i * p.cu_seqlens.stride);
+    const int token = int(given < 0 ? 0 : given < p.tokens ? given : p.tokens);
+    all = max(all, token);
+    if (i <= sequence) upto = max(upto, token);
+    if (i == 0) first = token;
+    if (i == sequence + 1) next = token;
   }
+  upto = __reduce_max_sync(kFullWarp, upto);
+  all = __reduce_max_sync(kFullWarp, all);
+  if (lane == 0) warp_largest[warp] = make_int2(upto, all);
   __syncthreads();
-  int2 largest = warp_largest[0];
-  for (int w = 1; w < warps; ++w) {
-    largest.x = max(largest.x, warp_largest[w].x);
-    largest.y = max(largest.y, warp_largest[w].y);
-  }
-  return {largest.x, max(largest.x, first_and_next.y), first_and_next.x, largest.y};
+  const int2 largest = warp_largest[lane % kTokensWarps];
+  upto = __reduce_max_sync(kFullWarp, largest.x);
+  all = __reduce_max_sync(kFullWarp, largest.y);
+  return {upto, max(upto, next), first, all};
 }
 
 // Zeros in a CTA's rows of o, for every step-th of `count` tokens.
@@ -182,7 +171,8 @@ __global__ void __launch_bounds__(kTokensThreads, 3) tokens_kernel(const __grid_
   Token first = {sequence, 0, head, value_head};
   int length = int(p.tokens);
   if (p.cu_seqlens.values != nullptr) {
-    const PackedTokens packed = packed_tokens(p, int(sequence));
+    const PackedTokens packed =
+        p.cu_seqlens.is_64bit ? packed_tokens<int64_t>(p, int(sequence)) : packed_tokens<int32_t>(p, int(sequence));
     first = {0, packed.begin, head, value_head};
     length = packed.end - packed.begin;
     // Tokens of no sequence, ahead of the first one and behind the last: each sequence zeroes some of them.
