@@ -6,15 +6,23 @@ import torch
 
 import flashkda_ops
 from flashkda_ops import cuda
+from flashkda_ops.padding import NARROWEST, WIDTH
 
 __all__ = ["show_config"]
 
+_TOKENS = "bf16 or fp16 tokens"
+_WIDE = f"K = V = {WIDTH}"
+_CHUNK = f"for K and V of {NARROWEST} to {WIDTH}, {_TOKENS}"
+_COPIES = f"on copies filled up to {WIDTH} where they have fewer"
 _KERNELS = {
-    "chunk_kda": "CUDA kernel for K = V = 128, bf16 or fp16 tokens, without intermediate states",
-    "chunk_kda_backward": "CUDA kernels for K = V = 128, bf16 or fp16 tokens",
-    "chunk_kda_transition": "CUDA kernel for K = V = 128, bf16 or fp16 tokens",
-    "chunk_kda_paged": "the kernel of chunk_kda, on rows of the pool in place",
-    "recurrent_kda_paged": "CUDA kernels for K = V = 128, bf16 or fp16 tokens",
+    "chunk_kda": f"CUDA kernel {_CHUNK}, without intermediate states; {_COPIES}",
+    "chunk_kda_backward": f"CUDA kernels {_CHUNK}; {_COPIES}",
+    "chunk_kda_transition": f"CUDA kernel for {_WIDE}, {_TOKENS}",
+    "chunk_kda_paged": (
+        f"the kernel of chunk_kda, {_CHUNK}; on the pool in place for {_WIDE} and rows aligned to 16 bytes, else on "
+        "copies of rows, without checkpoints"
+    ),
+    "recurrent_kda_paged": f"CUDA kernels for {_WIDE}, {_TOKENS}, rows aligned to 16 bytes",
 }
 
 
@@ -32,5 +40,5 @@ def show_config() -> None:
         reason = cuda.device_reason(device)
         print(f"{device} ({torch.cuda.get_device_name(device)}):")
         for op, kernel in _KERNELS.items():
-            path = f"{kernel}; else the portable path" if reason is None else f"portable path: {reason}"
+            path = f"{kernel} (else the portable path)" if reason is None else f"portable path: {reason}"
             print(f"  {op}: {path}")

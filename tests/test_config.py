@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_gpu import KERNEL, OPS, call_on_gpu, gpu_with_kernels, path_of, pool
+from helpers import Call, paged
 
 import flashkda_ops
 from flashkda_ops import cuda
-
-OPS = ("chunk_kda", "chunk_kda_backward", "chunk_kda_transition", "chunk_kda_paged", "recurrent_kda_paged")
 
 
 @pytest.fixture
@@ -48,6 +50,84 @@ def test_show_config_names_every_op_on_every_device(
     assert "compute capability 8.9" not in devices[0] and "compute capability 8.9" in devices[1]
 
 
+WIDTHS = (1, 63, 64, 127, 128, 129)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def what_show_config_says(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    flashkda_ops.show_config()
+    lines = capsys.readouterr().out.split("cuda:0")[1].splitlines()[1:]
+    return dict(line.strip().split(": ", 1) for line in lines)
+
+
+def is_promised(text: str, K: int, V: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel is, by the widths and dtypes that are named first."""
+    span, width = re.search(r"K and V of (\d+) to (\d+)", text), re.search(r"K = V = (\d+)", text)
+    lowest, highest = span.groups() if span is not None else width.groups() * 2  # type: ignore[union-attr]
+    tokens = re.search(r"(\w+) or (\w+) tokens", text)
+    assert tokens is not None
+    return int(lowest) <= min(K, V) and max(K, V) <= int(highest) and NAMES[dtype] in tokens.groups()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_show_config_says_of_widths_and_dtypes_is_what_runs(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with gpu_with_kernels():
+        text = what_show_config_says(capsys)[op]
+        for K, V, dtype in itertools.product(WIDTHS, WIDTHS, NAMES):
+            call = call_on_gpu(5, B=2, K=K, V=V, dtype=dtype)
+            if op.endswith("paged"):
+                if dtype == torch.float64:
+                    continue  # whose pools are of another dtype
+                call = paged(call, pool(call), torch.empty(2, dtype=torch.int32, device="cuda"))
+                if op == "recurrent_kda_paged":
+                    call["state_indices"] = call["state_indices"].unsqueeze(1).expand(2, 5)
+            assert (path_of(op, call) == KERNEL) == is_promised(text, K, V, dtype), (K, V, dtype)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"gate": "precomputed"},
+    {"gate": "unbounded, no dt_bias", "beta": "negative eigenvalues", "l2norm": False},
+    {"initial_state": True, "state_v_first": True},
+    {"cu_seqlens": [0, 3, 3, 7], "initial_state": True, "HV": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("op", ["chunk_kda", "chunk_kda_backward"])
+def test_no_option_keeps_a_call_from_the_chunk_kernels(op: str, options: dict[str, Any]) -> None:
+    with gpu_with_kernels():
+        for K, V in itertools.product((64, 100, 128), repeat=2):
+            assert path_of(op, call_on_gpu(7, K=K, V=V, dtype=torch.bfloat16, **options)) == KERNEL
+
+
+def test_intermediate_states_are_those_that_show_config_excludes(capsys: pytest.CaptureFixture[str]) -> None:
+    with gpu_with_kernels():
+        assert "without intermediate states" in what_show_config_says(capsys)["chunk_kda"]
+        for K in (64, 128):
+            call = call_on_gpu(64, K=K, V=K, dtype=torch.bfloat16)
+            assert path_of("chunk_kda", call) == KERNEL != path_of("chunk_kda", call | {"checkpoint_interval": 32})
+
+
+def with_checkpoints(call: Call) -> Call:
+    offsets = torch.empty(1, 2, dtype=torch.int32, device="cuda")
+    return call | {"checkpoint_offsets": offsets, "checkpoint_indices": offsets}
+
+
+def test_pools_and_checkpoints_are_served_as_show_config_says(capsys: pytest.CaptureFixture[str]) -> None:
+    with gpu_with_kernels():
+        texts = what_show_config_says(capsys)
+        in_place = "in place for K = V = 128 and rows aligned to 16 bytes, else on copies of rows, without checkpoints"
+        assert in_place in texts["chunk_kda_paged"]
+        assert "rows aligned to 16 bytes" in texts["recurrent_kda_paged"]
+        for K, aligned in itertools.product((64, 128), (True, False)):
+            tokens = call_on_gpu(1, K=K, V=K, dtype=torch.bfloat16)
+            call = paged(tokens, pool(tokens, aligned), torch.empty(1, dtype=torch.int32, device="cuda"))
+            is_in_place = K == 128 and aligned
+            assert path_of("chunk_kda_paged", call) == KERNEL
+            assert (path_of("chunk_kda_paged", with_checkpoints(call)) == KERNEL) == is_in_place
+            assert (path_of("recurrent_kda_paged", call) == KERNEL) == is_in_place
+
+
 def test_every_op_of_the_namespace_is_registered() -> None:
     assert all(hasattr(torch.ops.flashkda, op) for op in OPS)
 
@@ -64,9 +144,15 @@ def decode_call(**changes: Any) -> dict[str, Any]:
     call = {
         "q": torch.empty(3, 1, 2, 128, **bf16), "k": torch.empty(3, 1, 2, 128, **bf16),
         "v": torch.empty(3, 1, 4, 128, **bf16), "g": torch.empty(3, 1, 4, 128, **bf16),
-        "beta": torch.empty(3, 1, 4, **bf16), "state_pool": torch.empty(7, 4, 128, 128, device="meta"),
+        "beta": torch.empty(3, 1, 4, **bf16), "state_pool": rows_of(7, 4, 128, 128),
     }  # fmt: skip
     return call | changes
+
+
+def rows_of(*shape: int, dtype: torch.dtype = torch.float32, skipped: int = 0) -> torch.Tensor:
+    """A pool, which has an address, ``skipped`` elements into each row of its memory."""
+    rows, HV, K, V = shape
+    return torch.empty(rows, HV * K * V + skipped, dtype=dtype)[:, skipped:].unflatten(1, (HV, K, V))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -78,13 +164,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     [
         ({}, None),
         ({"g": meta(3, 1, 4, 128, dtype=torch.float32)}, None),
-        ({"state_pool": meta(7, 5, 128, 128, dtype=torch.float32)[:, :4]}, None),
+        ({"state_pool": rows_of(7, 5, 128, 128)[:, :4]}, None),
         ({"q": meta(3, 1, 2, 64)}, "K=64"),
         ({"v": meta(3, 1, 4, 64)}, "V=64"),
-        ({"state_pool": meta(7, 4, 128, 128)}, None),
+        ({"state_pool": rows_of(7, 4, 128, 128, dtype=torch.bfloat16)}, None),
         ({"q": meta(3, 1, 2, 128, dtype=torch.float32)}, "float32"),
-        ({"state_pool": meta(7, 4 * 128 * 128 + 4)[:, 4:].unflatten(1, (4, 128, 128))}, "aligned"),
-        ({"state_pool": meta(7, 4 * 128 * 128 + 3, dtype=torch.float32)[:, 3:].unflatten(1, (4, 128, 128))}, "aligned"),
+        ({"state_pool": rows_of(7, 4, 128, 128, dtype=torch.bfloat16, skipped=4)}, "aligned"),
+        ({"state_pool": rows_of(7, 4, 128, 128, skipped=3)}, "aligned"),
     ],
 )
 def test_the_decode_kernel_is_chosen_by_shape_and_dtype_alone(
@@ -134,11 +220,11 @@ def test_the_chunk_kernels_are_chosen_by_shape_and_dtype_alone(
     ("changes", "reason"),
     [
         ({}, None),
-        ({"state_pool": meta(7, 4, 128, 128)}, None),
-        ({"state_pool": meta(7, 5, 128, 128, dtype=torch.float32)[:, :4]}, None),
+        ({"state_pool": rows_of(7, 4, 128, 128, dtype=torch.bfloat16)}, None),
+        ({"state_pool": rows_of(7, 5, 128, 128)[:, :4]}, None),
         ({"v": meta(2, 70, 4, 64)}, "V=64"),
         ({"q": meta(2, 70, 2, 128, dtype=torch.float32)}, "float32"),
-        ({"state_pool": meta(7, 4 * 128 * 128 + 4)[:, 4:].unflatten(1, (4, 128, 128))}, "aligned"),
+        ({"state_pool": rows_of(7, 4, 128, 128, dtype=torch.bfloat16, skipped=4)}, "aligned"),
         ({"state_pool": meta(2**31, 4, 128, 128)}, "32 bits"),
     ],
 )
@@ -146,9 +232,9 @@ def test_the_chunk_kernel_works_on_a_pool_by_shape_and_dtype_alone(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str | None
 ) -> None:
     monkeypatch.setattr(cuda, "device_reason", lambda device: None)
-    call = chunk_call(state_pool=meta(7, 4, 128, 128, dtype=torch.float32)) | changes
-    pool = call.pop("state_pool")
-    actual = cuda.chunk_kda_reason(**call) or cuda.chunk_kda_paged_reason(pool)
+    call = chunk_call(state_pool=rows_of(7, 4, 128, 128)) | changes
+    state_pool = call.pop("state_pool")
+    actual = cuda.chunk_kda_reason(**call) or cuda.chunk_kda_paged_reason(state_pool)
     assert actual is None if reason is None else reason in actual
 
 
