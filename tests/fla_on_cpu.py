@@ -289,3 +289,14 @@ def fla_on_cpu() -> Iterator[None]:
     finally:
         for registry, backends in zip(registries, before, strict=True):
             registry._backends = backends
+
+
+@torch.no_grad()
+def greedy_tokens(model: Any, ids: Tensor, tokens: int, mask: Tensor | None = None) -> Tensor:
+    """What ``generate`` returns, by a whole forward pass for each token: from no cache, whose name transformers has
+    changed."""
+    for _ in range(tokens):
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
+        mask = None if mask is None else torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+    return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import sys
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from flashkda_ops import chunk_kda, cuda
 from flashkda_ops.integrations import flash_kda
+from flashkda_ops.integrations._replacements import Replacements
 
 
 @pytest.fixture(autouse=True)
 def uninstalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delitem(sys.modules, "flash_kda", raising=False)
+    monkeypatch.setattr(flash_kda, "_replaced", Replacements(flash_kda._logger))
     yield
     flash_kda.uninstall()
 
@@ -89,8 +92,16 @@ def test_no_gradient_is_recorded() -> None:
         ({"out": torch.empty(2, 70, 2, 16, dtype=torch.float16)}, "out must be float32 where q is float32"),
         ({"out": torch.empty(2, 70, 2, 16, device="meta")}, "out must be on cpu as q is"),
         ({"final_state": torch.empty(3, 2, 16, 16)}, r"final_state must have shape \[N, HV, V, K\]"),
-        ({"initial_state": torch.empty(2, 2, 16, 16, dtype=torch.float16)}, "initial_state must be float32 or bfloat16"),
+        (
+            {"initial_state": torch.empty(2, 2, 16, 16, dtype=torch.float16)},
+            "initial_state must be float32 or bfloat16",
+        ),
         ({"lower_bound": 0.0}, r"lower_bound must be in \[-5, 0\)"),
+        ({"lower_bound": None}, r"lower_bound must be a number in \[-5, 0\), got None"),
+        ({"scale": None}, "scale must be a number, got None"),
+        ({"scale": [1.0]}, "scale must be a number, got list"),
+        ({"A_log": None}, "A_log must be a Tensor, got None"),
+        ({"dt_bias": None}, "dt_bias must be a Tensor, got None"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -114,18 +125,159 @@ def test_installed_it_is_what_import_finds() -> None:
     assert "flash_kda" not in sys.modules
 
 
-def test_a_flash_kda_that_was_imported_before_is_served_and_given_back() -> None:
+def theirs(
+    q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, initial_state=None, final_state=None, cu_seqlens=None
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """FlashKDA's."""
+    out.fill_(7)
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A FlashKDA that this process has imported."""
+    module = ModuleType("flash_kda")
+    module.fwd = theirs  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_kda", module)
+    return module
+
+
+def runs_on_ours(function: Any, **more: Any) -> bool:
+    call, (o, _) = case()
+    out = torch.empty_like(o)
+    function(**call, out=out, **more)
+    assert torch.equal(out, o) or bool((out == 7).all())
+    return torch.equal(out, o)
+
+
+def test_a_flash_kda_that_was_imported_before_is_served_and_given_back(real: ModuleType) -> None:
+    for _ in range(2):
+        flash_kda.install()
+        flash_kda.install()
+        assert sys.modules["flash_kda"] is real and runs_on_ours(real.fwd)
+        assert inspect.signature(real.fwd) == inspect.signature(theirs)
+        for _ in range(2):
+            flash_kda.uninstall()
+            assert sys.modules["flash_kda"] is real and real.fwd is theirs
+
+
+def test_what_was_taken_out_of_it_meanwhile_hands_its_calls_on(real: ModuleType) -> None:
+    flash_kda.install()
+    from flash_kda import fwd
+
+    assert runs_on_ours(fwd)
+    flash_kda.uninstall()
+    assert not runs_on_ours(fwd)
+    flash_kda.install()
+    assert runs_on_ours(fwd)
+
+
+def wrap(module: ModuleType) -> Any:
+    inner = module.fwd
+
+    @functools.wraps(inner)
+    def profiled(*args: Any, **kwargs: Any) -> None:
+        inner(*args, **kwargs)
+
+    module.fwd = profiled  # type: ignore[attr-defined]
+    return profiled
+
+
+def test_a_wrapper_that_came_later_stays_and_is_reported(real: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    flash_kda.install()
+    profiled = wrap(real)
+    assert runs_on_ours(real.fwd)
+    flash_kda.uninstall()
+    flash_kda.uninstall()
+    assert real.fwd is profiled and not runs_on_ours(real.fwd)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(f"flash_kda.fwd is left as it is: profiled ({__file__}, line ")
+    assert message.endswith(") wraps ours, which now hands its calls on")
+    flash_kda.install()
+    assert real.fwd is profiled and runs_on_ours(real.fwd)
+
+
+def test_a_wrapper_around_a_function_of_no_flash_kda_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    flash_kda.install()
+    module = sys.modules["flash_kda"]
+    wrap(module)
+    flash_kda.install()
+    assert sys.modules["flash_kda"] is module
+    flash_kda.uninstall()
+    assert "flash_kda" not in sys.modules
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert (
+        "flash_kda.fwd was replaced by profiled (" in message
+        and "gone with the module that install() had made" in message
+    )
+
+
+def test_a_module_that_somebody_put_in_its_place_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_kda.install()
+    other = ModuleType("flash_kda")
+    monkeypatch.setitem(sys.modules, "flash_kda", other)
+    flash_kda.uninstall()
+    assert sys.modules["flash_kda"] is other
+    with pytest.raises(ImportError, match=r"the flash_kda that is imported \(made by other code\) has no fwd"):
+        flash_kda.install()
+
+
+def test_a_flash_kda_that_was_imported_after_all_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody drops ours from sys.modules and imports FlashKDA, which is then served too."""
+    flash_kda.install()
     real = ModuleType("flash_kda")
-    real.fwd = theirs = lambda *args, **kwargs: None  # type: ignore[attr-defined]
-    sys.modules["flash_kda"] = real
-    try:
+    real.fwd = theirs  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_kda", real)
+    flash_kda.install()
+    assert runs_on_ours(real.fwd)
+    monkeypatch.delitem(sys.modules, "flash_kda")  # which is no reason to leave ours in it
+    flash_kda.uninstall()
+    assert real.fwd is theirs and "flash_kda" not in sys.modules
+
+
+def test_a_new_parameter_of_flash_kda_is_reported_and_left_to_it(
+    real: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    def later(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, cap=None, initial_state=None, **rest):  # type: ignore[no-untyped-def]
+        out.fill_(7)
+
+    real.fwd = later  # type: ignore[attr-defined]
+    flash_kda.install()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "fwd of the FlashKDA that is imported is not the one that flashkda_ops knows: cap is new, None" in message
+    assert message.endswith("What is not known is left to FlashKDA")
+    assert runs_on_ours(real.fwd) and runs_on_ours(real.fwd, cap=None) and not runs_on_ours(real.fwd, cap=1)
+    call, (o, final) = case()
+    out, state = torch.empty_like(o), torch.empty_like(final)
+    names = ("q", "k", "v", "g", "beta", "scale")
+    positional = [*(call[name] for name in names), out, call["A_log"], call["dt_bias"], call["lower_bound"], None]
+    real.fwd(*positional, call["initial_state"], final_state=state)  # by FlashKDA's order, not by ours
+    assert torch.equal(out, o) and torch.equal(state, final)
+
+
+def test_a_flash_kda_with_a_new_required_parameter_is_left_as_it_is(
+    real: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    def later(q, k, v, g, beta, scale, workspace, out, A_log, dt_bias, lower_bound):  # type: ignore[no-untyped-def]
+        pass
+
+    real.fwd = later  # type: ignore[attr-defined]
+    flash_kda.install()
+    assert real.fwd is later
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "workspace is new and required" in message and message.endswith("It is left as it is")
+    flash_kda.uninstall()
+    assert real.fwd is later and len(caplog.records) == 1
+
+
+def test_fla_does_not_remember_whether_flash_kda_was_there() -> None:
+    pytest.importorskip("fla.ops.kda")
+    from fla.ops.kda.backends.flash_kda import FlashKDABackend
+
+    for _ in range(2):
+        assert not FlashKDABackend.is_available()
         flash_kda.install()
-        flash_kda.install()
-        assert sys.modules["flash_kda"] is real and real.fwd is flash_kda.fwd
+        assert FlashKDABackend.is_available()
         flash_kda.uninstall()
-        assert sys.modules["flash_kda"] is real and real.fwd is theirs
-    finally:
-        sys.modules.pop("flash_kda")
 
 
 def test_the_backend_of_fla_for_flash_kda_runs_on_it() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashkda_ops import cuda
 from flashkda_ops.integrations import transformers as integration
+from flashkda_ops.nn import convert
 
 TOLERANCE = 1e-4
 
@@ -201,14 +205,15 @@ def call(**changes: Any) -> dict[str, Any]:
         ({"query": torch.ones(2, 5, 2, 8, dtype=torch.bfloat16)}, "q, k, v are torch.bfloat16, torch.float32"),
         (  # a model in fp64, whose gate is fp32
             {name: torch.ones(2, 5, 2, 8, dtype=torch.float64) for name in ("query", "key", "value")},
-            "g is torch.float32 beside torch.float64",
+            "g is torch.float32 beside q, k, v of torch.float64",
         ),
-        ({"beta": torch.ones(2, 5, 2, dtype=torch.bfloat16)}, "beta is torch.bfloat16 beside torch.float32"),
-        ({"initial_state": torch.ones(2, 2, 8, 8, dtype=torch.bfloat16)}, "initial_state is torch.bfloat16"),
+        ({"beta": torch.ones(2, 5, 2, dtype=torch.bfloat16)}, "beta is torch.bfloat16 beside q, k, v of torch.float32"),
+        ({"initial_state": torch.ones(2, 2, 8, 8, dtype=torch.bfloat16)}, "where it must be torch.float32"),
         ({"use_gate_in_kernel": True}, "use_gate_in_kernel is given"),
         ({"scale": 1.0}, "scale is given"),
         ({"seq_idx": torch.zeros(2, 5, dtype=torch.int32)}, "seq_idx is given without cu_seqlens"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "with a batch of 2"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens is given with a batch of 2, which must be 1"),
+        ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int16)}, "must be torch.int32 or torch.int64"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -248,20 +253,148 @@ def test_one_token_trains_too(function: str) -> None:
         close(x, wanted)
 
 
-def test_enabling_twice_and_disabling_leaves_the_functions_that_were_there() -> None:
-    before = [getattr(modeling(name), function) for name in MODELS for function in KDA_FUNCTIONS]
-    integration.enable()
-    integration.enable()
-    during = [getattr(modeling(name), function) for name in MODELS for function in KDA_FUNCTIONS]
-    assert all(x is not y for x, y in zip(before, during, strict=True))
+def functions() -> list[Any]:
+    return [getattr(modeling(name), function) for name in MODELS for function in KDA_FUNCTIONS]
+
+
+def test_enabling_twice_and_disabling_leaves_the_functions_that_were_there(caplog: pytest.LogCaptureFixture) -> None:
+    before = functions()
     integration.disable()
-    assert [getattr(modeling(name), function) for name in MODELS for function in KDA_FUNCTIONS] == before
+    assert functions() == before
+    for _ in range(2):
+        integration.enable()
+        during = functions()
+        integration.enable()
+        assert functions() == during and all(x is not y for x, y in zip(before, during, strict=True))
+        integration.disable()
+        integration.disable()
+        assert functions() == before
+    assert [record for record in caplog.records if record.name == integration.__name__] == []
+
+
+@pytest.mark.parametrize("function", KDA_FUNCTIONS)
+def test_a_wrapper_that_came_later_stays_and_ours_hands_its_calls_on(
+    function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, calls = modeling("kimi_linear"), []
+    theirs = getattr(module, function)
+    integration.enable()
+    ours = getattr(module, function)
+
+    @functools.wraps(ours)
+    def profiled(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return ours(*args, **kwargs)
+
+    def names() -> list[str]:
+        with Recorded() as recorded, torch.no_grad():
+            getattr(module, function)(**call())
+        return recorded.names
+
+    monkeypatch.setattr(module, function, profiled)
+    assert len(names()) == 1 == len(calls)
+    integration.disable()
+    assert getattr(module, function) is profiled and names() == [] and len(calls) == 2
+    message = caplog.records[-1].getMessage()
+    assert message.startswith(f"{module.__name__}.{function} is left as it is: profiled ({__file__}, line ")
+    assert message.endswith("wraps ours, which now hands its calls on")
+    integration.enable()
+    assert getattr(module, function) is profiled and len(names()) == 1 and len(calls) == 3
+    monkeypatch.setattr(module, function, ours)  # the profiler ends
+    integration.disable()
+    assert getattr(module, function) is theirs
+
+
+def test_a_module_that_was_imported_anew_is_served_and_both_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = modeling("kimi_linear")
+    before = [getattr(old, function) for function in KDA_FUNCTIONS]
+    integration.enable()
+    new = ModuleType(old.__name__)
+    vars(new).update({name: x for name, x in vars(old).items() if name not in KDA_FUNCTIONS})
+    for function, own in zip(KDA_FUNCTIONS, before, strict=True):
+        setattr(new, function, own)
+    monkeypatch.setitem(sys.modules, old.__name__, new)
+    integration.enable()
+    for module in (old, new):
+        assert all(getattr(module, name) is not own for name, own in zip(KDA_FUNCTIONS, before, strict=True))
+    integration.disable()
+    for module in (old, new):
+        assert [getattr(module, name) for name in KDA_FUNCTIONS] == before
+
+
+def later_module(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> ModuleType:
+    """The modeling file of a later release, with these functions, and the only one there is."""
+    module = ModuleType("transformers.models.later.modeling_later")
+    module.__spec__ = ModuleSpec(module.__name__, None)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(integration, "MODELS", ("later",))
+    monkeypatch.setattr(integration, "_exists", lambda name: name == module.__name__)
+    return module
+
+
+def test_a_new_parameter_is_reported_and_left_to_the_function_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def chunk(query, key, value, g, beta, cap=0.0, chunk_size=64, initial_state=None, output_final_state=True,
+              use_qk_l2norm_in_kernel=False, **kwargs):  # type: ignore[no-untyped-def]  # fmt: skip
+        return "theirs"
+
+    module = later_module(monkeypatch, chunk_kimi_delta_attention=chunk)
+    integration.enable()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"{module.__name__}.chunk_kimi_delta_attention is not the function that flashkda_ops knows" in message
+    assert "cap is new, 0.0 by default; output_final_state is True by default, and was False by default" in message
+    assert message.endswith("Calls that give what is new are left to it")
+    served, arguments = module.chunk_kimi_delta_attention, call()
+    arguments.pop("output_final_state")
+    o, state = served(**arguments)
+    assert state is not None  # by their default
+    assert served(**arguments, cap=1.0) == "theirs"
+    assert "cap is given, which flashkda_ops does not know" in caplog.text
+    tokens = [arguments.pop(name) for name in ("query", "key", "value", "g", "beta")]
+    assert torch.equal(served(*tokens, 0.0, **arguments)[0], o) and served(*tokens, 1.0) == "theirs"
+    integration.disable()
+    assert module.chunk_kimi_delta_attention is chunk
+
+
+def test_a_function_with_a_new_required_parameter_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def chunk(query, key, value, g, beta, cap, **kwargs):  # type: ignore[no-untyped-def]
+        return "theirs"
+
+    own = modeling("kimi_linear").recurrent_kimi_delta_attention
+    module = later_module(monkeypatch, chunk_kimi_delta_attention=chunk, recurrent_kimi_delta_attention=own)
+    integration.enable()
+    assert module.chunk_kimi_delta_attention is chunk and module.recurrent_kimi_delta_attention is not own
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "cap is new and required" in message and message.endswith("It is left as it is")
+    integration.disable()
+    assert module.chunk_kimi_delta_attention is chunk and module.recurrent_kimi_delta_attention is own
 
 
 def test_a_release_without_kda_models_is_an_error_that_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integration, "_MODELS", ("no_such_model",))
-    with pytest.raises(ImportError, match="no_such_model of transformers: none is installed"):
+    monkeypatch.setattr(integration, "MODELS", ("no_such_model",))
+    import transformers
+
+    with pytest.raises(
+        ImportError, match=rf"transformers {transformers.__version__} has no model whose KDA .* it serves no_such_model"
+    ):
         integration.enable()
+    monkeypatch.setattr(integration, "_exists", lambda name: False)
+    with pytest.raises(
+        ImportError, match="transformers is not installed, whose models no_such_model flashkda_ops serves"
+    ):
+        integration.enable()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_convert_says_what_serves_a_model_of_transformers(name: str) -> None:
+    model = make_model(name)
+    got = f"got {type(model).__name__} with layers of transformers"
+    with pytest.raises(ValueError, match=rf"{got}: flashkda_ops\.integrations\.transformers\.enable\(\) serves"):
+        convert(model)
 
 
 def test_transformers_is_imported_by_enable_alone() -> None:

@@ -12,7 +12,10 @@ the kernels of this package unmodified. Each process installs for itself.
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,6 +24,8 @@ import torch
 from torch import Tensor
 
 from flashkda_ops import cuda
+from flashkda_ops.integrations._replacements import Replacements, place_of
+from flashkda_ops.integrations._signatures import Theirs
 from flashkda_ops.ops import chunk_kda, eager, rules
 from flashkda_ops.validation import (
     Sizes,
@@ -29,6 +34,7 @@ from flashkda_ops.validation import (
     require_device,
     require_dtype,
     require_shape,
+    require_tensor,
     state_dtype,
     state_shape,
     validate_tokens,
@@ -71,6 +77,10 @@ def _call(a: Arguments) -> chunk_kda.Arguments:
 
 
 def _validate(a: Arguments, call: chunk_kda.Arguments) -> Sizes:
+    for name, x in (("A_log", a.A_log), ("dt_bias", a.dt_bias)):  # which chunk_kda can do without
+        require_tensor(name, x)
+    if a.lower_bound is None:
+        raise ValueError("lower_bound must be a number in [-5, 0), got None")
     s = validate_tokens(call)
     require_shape("out", a.out, "B, T, HV, V", s.B, s.T, s.HV, s.V)
     require_dtype("out", a.out, (a.q.dtype,), a.q)
@@ -126,6 +136,7 @@ def _fake(*args: Any) -> None:
 
 
 rules.refuse_vmap(op, "out")
+rules.refuse_derivatives(op)
 rules.count_as_forward(op)
 
 
@@ -168,6 +179,8 @@ def fwd(
     Raises:
         ValueError: naming the argument that is not as described.
     """
+    if not hasattr(scale, "__float__"):
+        raise ValueError(f"scale must be a number, got {'None' if scale is None else type(scale).__name__}")
     a = Arguments(
         q, k, v, g, beta, float(scale), out, A_log, dt_bias, lower_bound, initial_state, final_state, cu_seqlens
     )
@@ -177,39 +190,85 @@ def fwd(
         eager.in_place(op, _run, a, (*a[:5], *a[6:9], *a[10:]), (a.scale, lower_bound), (out, final_state))
 
 
-_theirs: Any = None  # the fwd of a FlashKDA that was imported before install()
-
-
-def _is_ours(module: ModuleType | None) -> bool:
-    return module is not None and getattr(module, "fwd", None) is fwd
+_logger = logging.getLogger(__name__)
+_replaced = Replacements(_logger)
+_made: ModuleType | None = None  # by install(), where there was none
 
 
 def install() -> None:
     """Make ``import flash_kda`` find :func:`fwd`, whether FlashKDA is installed or not. Twice is once.
 
     In a FlashKDA that this process has imported already, ``fwd`` is replaced. A function that someone took out of it
-    before (``from flash_kda import fwd``) stays what it was.
+    before (``from flash_kda import fwd``) stays what it was. The log reports parameters of FlashKDA's ``fwd`` that are
+    not known here. With one that every call has to give it is left as it is; else the calls that give one run on it.
+
+    Raises:
+        ImportError: what this process has imported under that name has no ``fwd``.
     """
-    global _theirs
+    global _made
     module = sys.modules.get("flash_kda")
-    if _is_ours(module):
-        return
     if module is None:
-        module = ModuleType("flash_kda", "FlashKDA's interface on the kernels of flashkda_ops.")
+        module = _made = ModuleType("flash_kda", "FlashKDA's interface on the kernels of flashkda_ops.")
         module.__spec__ = ModuleSpec("flash_kda", None, origin=__name__)  # what importlib.util.find_spec returns
+        module.fwd = fwd  # type: ignore[attr-defined]
         sys.modules["flash_kda"] = module
-    else:
-        _theirs = module.fwd
-    module.fwd = fwd  # type: ignore[attr-defined]
+    elif module is not _made:
+        if not hasattr(module, "fwd"):
+            where = getattr(module, "__file__", None) or "made by other code"
+            raise ImportError(f"the flash_kda that is imported ({where}) has no fwd: it is not FlashKDA")
+        _replaced.put(module, "fwd", _in_place_of)
+        _replaced.active = True
+    _forget_specs()
 
 
 def uninstall() -> None:
-    """Undo :func:`install`: the next import finds FlashKDA itself, or nothing."""
-    global _theirs
-    module = sys.modules.get("flash_kda")
-    if not _is_ours(module):
-        return
-    if _theirs is None:
+    """Undo :func:`install`: the next import finds FlashKDA itself, or nothing.
+
+    FlashKDA's ``fwd`` is put back, unless someone has replaced ours since: then it is left as it is, and the log
+    reports it. What was taken out of FlashKDA while ours was there hands its calls on to FlashKDA's ``fwd``; where
+    FlashKDA had not been imported, it stays :func:`fwd`.
+    """
+    global _made
+    _replaced.undo()
+    if _made is not None and sys.modules.get("flash_kda") is _made:
         del sys.modules["flash_kda"]
-    else:
-        module.fwd, _theirs = _theirs, None  # type: ignore[union-attr]
+        found = getattr(_made, "fwd", None)
+        if found is not fwd:
+            _logger.warning(
+                "flash_kda.fwd was replaced by %s: it is gone with the module that install() had made", place_of(found)
+            )
+    _made = None
+    _forget_specs()
+
+
+def _in_place_of(theirs: Callable[..., None]) -> Callable[..., None]:
+    """:func:`fwd`, for what it knows of FlashKDA's parameters; what is to stay where it cannot be replaced."""
+    known = Theirs(theirs, fwd)
+    if known.drift:
+        _logger.warning(
+            "fwd of the FlashKDA that is imported is not the one that flashkda_ops knows: %s. %s", known.drift,
+            "It is left as it is" if known.drift.required else "What is not known is left to FlashKDA",
+        )  # fmt: skip
+    if known.drift.required:
+        return theirs
+
+    @functools.wraps(theirs, updated=())  # not the mark of a function that is not to be traced
+    def standing_in(*args: Any, **kwargs: Any) -> None:
+        if not _replaced.active:
+            return theirs(*args, **kwargs)
+        if known.drift:
+            arguments = known.arguments(args, kwargs)
+            if known.unknown(arguments) is not None:
+                return theirs(*args, **kwargs)
+            args, kwargs = (), {name: x for name, x in arguments.items() if name not in known.drift.optional}
+        return fwd(*args, **kwargs)
+
+    return standing_in
+
+
+def _forget_specs() -> None:
+    """fla remembers whether FlashKDA can be imported."""
+    find_spec = getattr(sys.modules.get("fla.utils"), "find_spec_cached", None)
+    forget = getattr(find_spec, "cache_clear", None)
+    if forget is not None:
+        forget()
