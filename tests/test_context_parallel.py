@@ -448,6 +448,18 @@ def beside_nan(sequence: int, mesh_shape: tuple[int, ...], **options: Any) -> li
     return differing
 
 
+def changed_in_place(**options: Any) -> float:
+    """What a change of the outputs in place does to the gradients, beside a change in new tensors."""
+    gradients = []
+    for in_place in (False, True):
+        call = requiring_grad(part(make_call(24, initial_state=True, **options), *even(24)[dist.get_rank() :][:2]))
+        outputs = context_parallel_chunk_kda(**call, mesh=dist.group.WORLD, output_final_state=True)
+        outputs = [x.mul_(2) if in_place else x * 2 for x in outputs]
+        sum(x.square().sum() for x in outputs).backward()
+        gradients.append([call[name].grad for name in DIFFERENTIABLE])
+    return max(error(x, y) for x, y in zip(*gradients, strict=True))
+
+
 def with_another_mesh() -> str | None:
     """A mesh of the same group whose ranks are in another order."""
     ranks = list(range(dist.get_world_size()))
@@ -570,6 +582,12 @@ def test_other_dtypes_differ_by_their_rounding(world: World) -> None:
         assert max(world.run(dense, dtype)) < tolerance
         assert max(world.run(packed, [0, 7, 30, 77], dtype)) < tolerance
         assert max(world.run(in_segments, 3, packed, [0, 7, 30, 77], dtype)) < tolerance
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"B": 2}, {"cu_seqlens": [0, 3, 20, 24]}], ids=str)
+def test_outputs_may_be_changed_in_place(two: World, options: dict[str, Any], segments: int) -> None:
+    assert max(two.run(in_segments, segments, changed_in_place, **options)) == 0
 
 
 def test_autocast_leaves_the_maps_in_fp32(two: World) -> None:

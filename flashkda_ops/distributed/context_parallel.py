@@ -166,7 +166,8 @@ class _ContextParallel(torch.autograd.Function):
         )
         ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, rank_offsets, initial, M)
         ctx.options, ctx.batch_invariant, ctx.axes = (scale, *options), batch_invariant, axes
-        return o.view(v.shape), layout.final_states(final)
+        o = torch.ops.aten._unsafe_view(o, v.shape)  # nobody else holds it: to autograd no view, so it may be changed
+        return o, layout.final_states(final)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
