@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flashkda_ops.validation import Sizes
 
-__all__ = ["NARROWEST", "WIDTH", "fits", "narrowed_gradients", "narrowed_state", "reason", "widened"]
+__all__ = ["NARROWEST", "WIDTH", "fits", "narrowed", "narrowed_gradients", "narrowed_state", "reason", "widened"]
 
 WIDTH = 128
 """Channels of the kernels, of K and of V."""
@@ -62,21 +63,28 @@ def widened(a: Any, scale: float) -> Any:
     return a._replace(**changes)
 
 
+def narrowed(x: Tensor, rows: int, columns: int) -> Tensor:
+    """The first rows and columns of the last two dimensions, in memory of their own: callers may write to results."""
+    part = x[..., :rows, :columns]
+    return x if part.shape == x.shape else part.clone(memory_format=torch.contiguous_format)
+
+
 def narrowed_state(state: Tensor, s: Sizes, v_first: bool) -> Tensor:
-    rows, columns = (s.V, s.K) if v_first else (s.K, s.V)
-    return state[..., :rows, :columns].contiguous()
+    return narrowed(state, *((s.V, s.K) if v_first else (s.K, s.V)))
 
 
 def narrowed_gradients(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Of each input its gradient, where there is one."""
-    narrowed: list[Tensor | None] = []
+    grads_of: list[Tensor | None] = []
     for grad, x in zip(grads, inputs, strict=True):
         if grad is None or x is None:
-            narrowed.append(None)
+            grads_of.append(None)
         elif x.dim() == 4:  # tokens, of the same number of heads, or a state
-            narrowed.append(grad[..., : x.shape[-2], : x.shape[-1]].contiguous())
+            grads_of.append(narrowed(grad, *x.shape[-2:]))
         elif grad.dim() == 2:  # dt_bias, which may be flat
-            narrowed.append(grad[:, : x.numel() // grad.shape[0]].reshape(x.shape).contiguous())
+            part, dx = grad[:, : x.numel() // grad.shape[0]], grad.new_empty(x.shape)
+            dx.view(part.shape).copy_(part)
+            grads_of.append(dx)
         else:
-            narrowed.append(grad)
-    return narrowed
+            grads_of.append(grad)
+    return grads_of

@@ -27,7 +27,7 @@ def valid_slots(slots: Tensor, pool: Tensor) -> Tensor:
 def read_rows(pool: Tensor, slots: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of the pool in ``dtype``; zeros where not valid, whatever any row holds."""
     rows = pool.index_select(0, torch.where(valid, slots, 0))
-    return torch.where(valid[:, None, None, None], rows, 0).to(dtype)
+    return rows.masked_fill_(~valid[:, None, None, None], 0).to(dtype)
 
 
 def write_rows(pool: Tensor, slots: Tensor, valid: Tensor, states: Tensor) -> None:
@@ -39,8 +39,8 @@ def write_rows(pool: Tensor, slots: Tensor, valid: Tensor, states: Tensor) -> No
     any_valid = valid.any()
     source = torch.where(valid, torch.arange(valid.shape[0], device=valid.device), valid.to(torch.int8).argmax())
     slots = torch.where(any_valid, slots.index_select(0, source), 0)
-    values = torch.where(any_valid, states.to(pool.dtype).index_select(0, source), pool[:1])
-    pool.index_copy_(0, slots, values)
+    values = states.to(pool.dtype).index_select(0, source)
+    pool.index_copy_(0, slots, torch.where(any_valid, values, pool[:1], out=values))
 
 
 def on_rows(

@@ -83,13 +83,14 @@ def run(a: Arguments, reading: cuda.Reading | None = None) -> _Computed:
         check_cu_seqlens(a.cu_seqlens, sizes.T)
     if padded and a.checkpoint_interval == 0:
         o, state, _ = run(padding.widened(a, options.scale)._replace(validate=False))
-        o = o[..., : sizes.V].contiguous()
+        o = padding.narrowed(o, sizes.HV, sizes.V)
         return o, None if state is None else padding.narrowed_state(state, sizes, a.state_v_first), None
     if kernel is None or a.checkpoint_interval != 0:
         with torch._C._AutoDispatchBelowAutograd():  # of many operators, none of which has a gradient to keep
             o, state, states = portable.chunk_kda(
-                *a[:9], options, state_v_first=a.state_v_first, checkpoint_interval=a.checkpoint_interval
-            )
+                *a[:9], options, state_v_first=a.state_v_first, output_final_state=a.output_final_state,
+                checkpoint_interval=a.checkpoint_interval, batch_invariant=a.batch_invariant,
+            )  # fmt: skip
         return o, state if a.output_final_state else None, states
     if n > 1 and a.cu_seqlens is not None and not a.batch_invariant:  # the kernel cuts dense calls itself
         return _in_segments(a, n)

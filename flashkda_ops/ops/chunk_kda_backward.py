@@ -107,8 +107,12 @@ def _compute(a: Arguments, plan: Plan) -> Sequence[Tensor | None]:
         return padding.narrowed_gradients(run(padding.widened(a, plan.options.scale)), a[2:10])
     if plan.kernel is None:
         if any(a.output_mask[:7]):
-            return portable.chunk_kda_backward(*a[:11], plan.options, state_v_first=a.state_v_first)
-        dh0 = portable.initial_state_gradient(*a[:9], a.cu_seqlens, plan.options, state_v_first=a.state_v_first)
+            return portable.chunk_kda_backward(
+                *a[:11], plan.options, state_v_first=a.state_v_first, batch_invariant=a.batch_invariant
+            )
+        dh0 = portable.initial_state_gradient(
+            *a[:9], a.cu_seqlens, plan.options, state_v_first=a.state_v_first, batch_invariant=a.batch_invariant
+        )
         return [*[None] * 7, dh0]
     n = plan.segments[cuda.may_use_clusters()]
     if n > 1 and not a.batch_invariant:
@@ -134,9 +138,9 @@ def _in_segments(a: Arguments, s: Sizes, n: int) -> Sequence[Tensor | None]:
     with torch.autocast(a.q.device.type, enabled=False):  # maps are composed in fp32
         M, initial = segments.entered(layout, tokens[1:], segments.Gates.of(a), a.initial_state, a.state_v_first)
         grads = segments.gradients(layout, do, dht, (*tokens, *parameters), initial, M, a[11:18], a.output_mask)
-    # Rows of a dense batch lie behind each other in the layout.
-    wanted = zip(grads, a[2:10], a.output_mask, strict=True)
-    return [dx.view(x.shape) if needed and dx is not None and x is not None else None for dx, x, needed in wanted]
+    # Rows of a dense batch lie behind each other in the layout. To autograd these are no views: nobody else holds them.
+    view, wanted = torch.ops.aten._unsafe_view, zip(grads, a[2:10], a.output_mask, strict=True)
+    return [view(dx, x.shape) if needed and dx is not None and x is not None else None for dx, x, needed in wanted]
 
 
 @op.register_fake

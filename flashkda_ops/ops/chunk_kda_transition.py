@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashkda_ops import cuda, portable
+from flashkda_ops import cuda, padding, portable
 from flashkda_ops.ops import chunk_kda_backward, plans
 from flashkda_ops.validation import (
     Sizes,
@@ -117,7 +117,8 @@ def _backward(ctx: Any, dM: Tensor, dB: Tensor) -> tuple[Tensor | None, ...]:
         [False, *needed, False],
     )  # fmt: skip
     dk, dv, *rest = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return (dk, None if dv is None else dv[..., :V].contiguous(), *rest, *[None] * (len(Arguments._fields) - 6))
+    dv = None if dv is None else padding.narrowed(dv, dv.shape[-2], V)
+    return (dk, dv, *rest, *[None] * (len(Arguments._fields) - 6))
 
 
 op.register_autograd(_backward, setup_context=_setup_context)
