@@ -59,8 +59,8 @@ class _Maps(NamedTuple):
 
 
 def _maps(maps: Tensor, packed: bool) -> _Maps:
-    """Maps that come from other ranks, which say by an M of zeros that they forget. One that forgets by its gates may be
-    taken for one of those: it makes the same of every finite state."""
+    """Maps that come from other ranks, which say by an M of zeros that they forget. One that forgets by its gates may
+    be taken for one of those: it makes the same of every finite state."""
     return _Maps(maps, ~maps[..., : maps.shape[-2]].any(-1).any(-1)[..., None, None] if packed else None)
 
 
