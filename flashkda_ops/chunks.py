@@ -41,6 +41,7 @@ __all__ = [
     "allocate",
     "as_bits",
     "by_rows",
+    "decay",
     "halves",
     "pair_gradients",
     "prepare",
@@ -306,6 +307,11 @@ def _exp(x: Tensor, out: Tensor) -> Tensor:
     return F.threshold(torch.exp(x, out=out), tiny, 0.0, inplace=True)
 
 
+def decay(log_decay: Tensor) -> Tensor:
+    """The decay, in place of its logarithm."""
+    return _exp(log_decay, log_decay)
+
+
 def _inverse(L: Tensor, crossings: Crossings | None) -> Tensor:
     """``(I + L)^-1`` for strictly lower ``L``, by substitution: of rows, or of blocks where sequences share a chunk."""
     if crossings is None:
@@ -481,7 +487,7 @@ def prepare(layout: Layout, x: Activated, scale: float, c0: int, c1: int, crossi
         scores = _by_tokens(halves(qk, size)[1], hi, scratch) @ lo.mul_(halves(k, size)[0]).mT
         scores = scores.unflatten(-2, (-1, 2))
         _score_blocks(PN, size).copy_(scores if crossing is None else select(crossing.pairs.unsqueeze(-2), scores))
-    from_start, to_end = _exp(prefix, prefix), _exp(suffix, suffix)
+    from_start, to_end = decay(prefix), decay(suffix)
     T = _inverse(beta * PN[..., 1, :], crossings)
     gamma = from_start[:, :, -1].unsqueeze(-1)
     return Chunks(

@@ -74,9 +74,9 @@ def _layout(
     shortest = min(CHUNK, _power_of_2(T))
     if cu_seqlens is None:
         return DenseLayout(B, T, math.gcd(CHUNK if batch_invariant else shortest, interval))
-    if batch_invariant or interval or 2 * CHUNK * (cu_seqlens.shape[0] - 1) < T:
+    if batch_invariant or 2 * CHUNK * (cu_seqlens.shape[0] - 1) < T:
         return AlignedLayout(cu_seqlens, T, math.gcd(CHUNK, interval))
-    return SharedLayout(cu_seqlens, T, shortest, state_dtype(q))
+    return SharedLayout(cu_seqlens, T, math.gcd(shortest, interval), state_dtype(q))
 
 
 def _power_of_2(n: int) -> int:
@@ -283,9 +283,15 @@ def chunk_kda(
         return v.new_zeros(v.shape), final, states
     layout = _layout(q, cu_seqlens, batch_invariant=batch_invariant, interval=checkpoint_interval)
     if isinstance(layout, SharedLayout):
-        o, final, _ = shared_chunks.forward(layout, x, initial, options, final=output_final_state)
-        assert o is not None
-        return o.to(v.dtype), None if final is None else _result(final, state_v_first, own=True), None
+        if checkpoint_interval:
+            most = num_checkpoints(layout.T, layout.sequences, checkpoint_interval, packed=True)
+            o, final, states = shared_chunks.forward_with_checkpoints(
+                layout, x, _rows(initial, x, cu_seqlens), options, checkpoint_interval, most
+            )
+            states = _result(states.unsqueeze(0), state_v_first)
+        else:
+            o, final = shared_chunks.forward(layout, x, initial, options, final=output_final_state)
+        return o.to(v.dtype), None if final is None else _result(final, state_v_first, own=True), states
     initial, entering = _rows(initial, x, cu_seqlens), None
     if checkpoint_interval:
         entering = initial.new_empty(layout.chunks, layout.batch * v.shape[2], *initial.shape[2:])
@@ -309,36 +315,48 @@ def chunk_kda_at_offsets(
     options: KdaOptions,
     *,
     state_v_first: bool,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`chunk_kda`, and the states after ``offsets [N, C]`` tokens of each sequence, ``[N, C, HV, ...]``.
 
-    Offsets are in any order; those outside of the sequence are as its start or end. A sequence is cut into pieces where
-    a state is asked for: no chunk spans two of them, and the state goes on from one to the next.
+    Offsets are in any order; those outside of the sequence are as its start or end.
     """
-    (B, T), N = q.shape[:2], offsets.shape[0]
-    if cu_seqlens is None:
-        cu = torch.arange(0, B * T + 1, T, device=q.device)
-        q, k, v, g, beta = (x.reshape(1, B * T, *x.shape[2:]) for x in (q, k, v, g, beta))
-    else:
-        cu = safe_cu_seqlens(cu_seqlens, T)
-    starts, lengths = cu[:-1, None], cu.diff().unsqueeze(1)
-    cuts, order = (starts + torch.minimum(offsets.long().clamp(min=0), lengths)).sort(1)
-    bounds = torch.cat((starts, cuts, starts + lengths), 1)  # of the pieces of each sequence, [N, C + 2]
-    layout = AlignedLayout(torch.cat((cu[:1], bounds[:, 1:].flatten())), q.shape[1], CHUNK)
-    # A chunk loads its piece's row where a sequence begins, and there alone. So every piece that may be the first one
-    # with tokens has the sequence's initial state in its row.
-    begins_sequence = (bounds[:, :-1] == starts).flatten()
-    layout.first &= begins_sequence[layout.seq.clamp(max=begins_sequence.shape[0] - 1)]
+    B, T = q.shape[:2]
+    cu = torch.arange(0, B * T + 1, T, device=q.device) if cu_seqlens is None else safe_cu_seqlens(cu_seqlens, T)
+    q, k, v, g, beta = (x.reshape(1, B * T, *x.shape[2:]) for x in (q, k, v, g, beta))
     x = Inputs(q, k, v, g, beta.unsqueeze(-1), A_log, dt_bias)
     initial = _rows(_k_first(initial_state, x, state_v_first), x, cu)
-    o, after = _forward(layout, x, initial.repeat_interleave(bounds.shape[1] - 1, 0), options)
-    # An empty piece leaves what the last one with tokens left, or the initial state, which its own row still holds.
-    piece = torch.arange(after.shape[0], device=q.device).view(N, -1)
-    latest = torch.where(bounds.diff() > 0, piece, -1).cummax(1).values
-    after = after.index_select(0, torch.where(latest >= 0, latest, piece).flatten()).unflatten(0, (N, -1))
+    starts, lengths = cu[:-1, None], cu.diff().unsqueeze(1)
+    cuts, order = (starts + torch.minimum(offsets.long().clamp(min=0), lengths)).sort(1)
+    bounds = torch.cat((starts, cuts, starts + lengths), 1)  # [N, C + 2]
+    layout = _layout(q, bounds.flatten()[1:], batch_invariant=batch_invariant)
+    if isinstance(layout, SharedLayout):
+        layout = SharedLayout(cu, B * T, layout.chunk, layout.dtype)
+        o, after = shared_chunks.forward_at_offsets(layout, x, initial, options, bounds)
+    else:
+        o, after = _forward_in_pieces(x, initial, options, bounds)
     after = after.mT if state_v_first else after
     states = torch.empty_like(after[:, :-1]).scatter_(1, order[..., None, None, None].expand_as(after[:, :-1]), after)
     return o.to(v.dtype).view(B, T, *o.shape[2:]), after[:, -1].contiguous(), states
+
+
+def _forward_in_pieces(x: Inputs, initial: Tensor, options: KdaOptions, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, and the states at all of ``bounds [N, C]`` but the first of each sequence, ``[N, C - 1, HV, K, V]``.
+
+    A sequence is cut into pieces there: no chunk spans two of them, and the state goes on from one to the next.
+    """
+    N, pieces = bounds.shape[0], bounds.shape[1] - 1
+    layout = AlignedLayout(torch.cat((bounds[:1, 0], bounds[:, 1:].flatten())), x.q.shape[1], CHUNK)
+    # A chunk loads its piece's row where a sequence begins, and there alone. So every piece that may be the first one
+    # with tokens has the sequence's initial state in its row.
+    begins_sequence = (bounds[:, :-1] == bounds[:, :1]).flatten()
+    layout.first &= begins_sequence[layout.seq.clamp(max=N * pieces - 1)]
+    o, after = _forward(layout, x, initial.repeat_interleave(pieces, 0), options)
+    # An empty piece leaves what the last one with tokens left, or the initial state, which its own row still holds.
+    piece = torch.arange(N * pieces, device=bounds.device).view(N, pieces)
+    latest = torch.where(bounds.diff() > 0, piece, -1).cummax(1).values
+    after = after.index_select(0, torch.where(latest >= 0, latest, piece).flatten())
+    return o, after.unflatten(0, (N, pieces))
 
 
 def chunk_kda_transition(
@@ -367,9 +385,7 @@ def chunk_kda_transition(
         layout = _layout(k, cu_seqlens)
         if isinstance(layout, SharedLayout):
             padded = x._replace(v=F.pad(v, (0, K)))
-            _, final, _ = shared_chunks.forward(layout, padded, rows, options, output=False, final=True)
-            assert final is not None
-            rows = final
+            rows = shared_chunks.final_states(layout, padded, rows, options)
         else:
             states = _StateRows(layout, rows)
             for c0, c1 in runs(layout, v, K):

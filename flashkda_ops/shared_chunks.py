@@ -15,8 +15,9 @@ a sequence: ``_Parts`` forms these for the parts of sequences that begin, or end
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,8 @@ from flashkda_ops.chunks import (
     DenseLayout,
     Inputs,
     activate,
-    allocate,
     as_bits,
+    decay,
     halves,
     pair_gradients,
     prepare,
@@ -46,9 +47,15 @@ from flashkda_ops.chunks import (
 )
 from flashkda_ops.options import KdaOptions
 from flashkda_ops.paged import safe_cu_seqlens
-from flashkda_ops.validation import state_dtype
 
-__all__ = ["SharedLayout", "backward", "forward"]
+__all__ = [
+    "SharedLayout",
+    "backward",
+    "final_states",
+    "forward",
+    "forward_at_offsets",
+    "forward_with_checkpoints",
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +73,7 @@ class SharedLayout(DenseLayout):
         super().__init__(1, T, chunk)
         self.dtype = dtype
         N = self.sequences = cu_seqlens.shape[0] - 1
-        cu = safe_cu_seqlens(cu_seqlens, T)
+        cu = self.cu = safe_cu_seqlens(cu_seqlens, T)
         rows = self.chunks * chunk
         bounds = torch.cat((cu.new_zeros(1), cu, cu.new_full((1,), rows)))
         self.row = torch.arange(rows, device=cu.device)
@@ -210,12 +217,12 @@ class _Parts:
         source = torch.where(self._exists, torch.arange(values.shape[0], device=values.device), 0)
         out.index_copy_(0, self.seq, values.index_select(0, source))
 
-    def decay(self, x: Chunks) -> Tensor:
-        """The decay over each part ``[parts, M, K]``."""
-        return x.from_start[self._last // self._chunk, :, self._last % self._chunk]
+    def of_last(self, x: Tensor) -> Tensor:
+        """The rows of ``x [n, M, C, D]`` that are the parts' last tokens ``[parts, M, D]``."""
+        return x[self._last // self._chunk, :, self._last % self._chunk]
 
     def at_last(self, values: Tensor) -> Tensor:
-        """``values [parts, M, K]`` at the last tokens of the parts ``[n, M, C, K]``, zero at all others."""
+        """The inverse: ``values [parts, M, D]`` at the last tokens ``[n, M, C, D]``, zero at all others."""
         rows = values.new_zeros(self._rows + 1, *values.shape[1:])
         rows.index_copy_(0, torch.where(self._exists, self._last, self._rows), values)
         return self._by_chunk(rows)
@@ -291,12 +298,6 @@ def _scan(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Forward(NamedTuple):
-    o: Tensor | None  # [1, T, HV, V], in the compute dtype
-    final: Tensor | None  # [N, HV, K, V]
-    entering: Tensor | None  # [chunks, HV, K, V]: the states between chunks
-
-
 def _runs(layout: SharedLayout, x: Inputs, *, states: bool) -> list[tuple[int, int]]:
     """Runs of chunks, so short that the states of the sequences in them take no more than 16 MiB on a CPU."""
     HV, V, K = *x.v.shape[2:], x.k.shape[-1]
@@ -309,29 +310,31 @@ def _runs(layout: SharedLayout, x: Inputs, *, states: bool) -> list[tuple[int, i
 
 def _decayed(parts: _Parts, x: Chunks, states: Tensor | None, V: int) -> Tensor:
     """Of parts that are all of their sequence, its state decayed over it; zero for the others."""
-    decay = _where(parts.whole, parts.decay(x)).unsqueeze(-1)
+    gamma = _where(parts.whole, parts.of_last(x.from_start)).unsqueeze(-1)
     if states is None:
-        return decay.new_zeros(*decay.shape[:3], V)
-    return parts.states(states).mul_(decay)
+        return gamma.new_zeros(*gamma.shape[:3], V)
+    return parts.states(states).mul_(gamma)
 
 
-def forward(
-    layout: SharedLayout,
-    x: Inputs,
-    initial: Tensor | None,
-    options: KdaOptions,
-    *,
-    output: bool = True,
-    final: bool = False,
-    entering: bool = False,
-) -> Forward:
-    """What is asked for, from the initial states ``[N, HV, K, V]`` in the compute dtype, zero where there are none."""
+class _Run(NamedTuple):
+    """What the forward pass computes of the chunks ``c0`` to ``c1``."""
+
+    c0: int
+    c1: int
+    x: Chunks
+    shares: _Shares
+    S: Tensor  # [n, M, K, V]: the states that come in
+    U: Tensor  # [n, M, C, V]
+    o_initial: Tensor | None  # [n, M, C, V]: what is read of initial states
+
+
+def _forward(
+    layout: SharedLayout, x: Inputs, initial: Tensor | None, options: KdaOptions, *, states: bool
+) -> Iterator[_Run]:
+    """The scan of the forward pass, run by run; ``states``: there will be products with a state a sequence."""
     HV, V, K = *x.v.shape[2:], x.k.shape[-1]
-    state = x.v.new_zeros(HV, K, V, dtype=state_dtype(x.v))
-    o = allocate(layout, state, HV, V) if output else None
-    states = state.new_empty(layout.chunks, HV, K, V) if entering else None
-    finals = _of_sequences(layout, state, initial) if final else None
-    for c0, c1 in _runs(layout, x, states=final or initial is not None):
+    state = x.v.new_zeros(HV, K, V, dtype=layout.dtype)
+    for c0, c1 in _runs(layout, x, states=states or initial is not None):
         shares = layout.shares(c0, c1)
         c = prepare(layout, activate(take(layout, x, c0, c1), options), options.scale, c0, c1, shares.crossings)
         W, o_initial = c.v, None
@@ -346,25 +349,153 @@ def forward(
             leaving += _where(shares.begins, c.gamma * initial.index_select(0, shares.beginning_seq))
         S, read, state = _scan(leaving, c.gamma, TKd, c.Kr, shares.through, state)
         U -= select(shares.comes_in, read)
-        if states is not None:
-            states[c0:c1] = S
-        if o is not None:
-            o_chunks = product(c.P, U, shares.crossings).add_(select(shares.comes_in, c.Qd @ S))
-            if o_initial is not None:
-                o_chunks += o_initial
-            store(layout, o_chunks, o, c0)
+        yield _Run(c0, c1, c, shares, S, U, o_initial)
+
+
+def _store_output(layout: SharedLayout, run: _Run, o: Tensor) -> None:
+    chunks = product(run.x.P, run.U, run.shares.crossings)
+    chunks += select(run.shares.comes_in, run.x.Qd @ run.S)
+    if run.o_initial is not None:
+        chunks += run.o_initial
+    store(layout, chunks, o, run.c0)
+
+
+def forward(
+    layout: SharedLayout, x: Inputs, initial: Tensor | None, options: KdaOptions, *, final: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output ``[1, T, HV, V]`` and, if asked for, final states ``[N, HV, K, V]`` in the compute dtype.
+
+    Initial states are ``[N, HV, K, V]`` in the compute dtype, zero where there are none.
+    """
+    o = x.v.new_empty(1, layout.rows, *x.v.shape[2:], dtype=layout.dtype)
+    finals = _of_sequences(layout, x, initial) if final else None
+    for run in _forward(layout, x, initial, options, states=final):
+        _store_output(layout, run, o)
         if finals is not None:
-            endings = layout.endings(c0, c1)
-            endings.store_states(endings.add_outer(c.Kr, U, _decayed(endings, c, initial, V)), finals)
-            shares.add_ended(c, S, finals)
-    return Forward(None if o is None else layout.finish(o), finals, states)
+            _store_final(layout, run, initial, finals)
+    return layout.finish(o), finals
 
 
-def _of_sequences(layout: SharedLayout, like: Tensor, states: Tensor | None) -> Tensor:
+def final_states(layout: SharedLayout, x: Inputs, initial: Tensor | None, options: KdaOptions) -> Tensor:
+    """Those of :func:`forward` alone."""
+    finals = _of_sequences(layout, x, initial)
+    for run in _forward(layout, x, initial, options, states=True):
+        _store_final(layout, run, initial, finals)
+    return finals
+
+
+def _store_final(layout: SharedLayout, run: _Run, initial: Tensor | None, finals: Tensor) -> None:
+    """The final states of the sequences that end in a run."""
+    endings = layout.endings(run.c0, run.c1)
+    decayed = _decayed(endings, run.x, initial, finals.shape[-1])
+    endings.store_states(endings.add_outer(run.x.Kr, run.U, decayed), finals)
+    run.shares.add_ended(run.x, run.S, finals)
+
+
+def _of_sequences(layout: SharedLayout, x: Inputs, states: Tensor | None) -> Tensor:
     """Memory for a state a sequence. Those of empty sequences are the given ones already."""
     if states is None:
-        return like.new_zeros(layout.sequences, *like.shape)
+        return x.v.new_zeros(layout.sequences, x.v.shape[2], x.k.shape[3], x.v.shape[3], dtype=layout.dtype)
     return states.clone(memory_format=torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States within sequences
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Kept(NamedTuple):
+    """What states after any of some tokens, the *cuts*, are made of: of all chunks."""
+
+    S: Tensor  # [chunks, M, K, V]
+    U: Tensor  # [chunks, M, C, V]
+    Kr: Tensor  # [chunks, M, C, K]: keys, decayed to the next cut, end of the sequence, or end of the chunk
+    decay: Tensor  # [chunks, M, C, K]: from the cut, or start of the sequence or chunk, before a token to that token
+
+
+def _keep(
+    layout: SharedLayout, x: Inputs, initial: Tensor | None, options: KdaOptions, cuts: Tensor
+) -> tuple[Tensor, _Kept]:
+    """The output ``[1, T, HV, V]``, and what it takes to have states at ``cuts``: all tokens at which something begins
+    or ends, in order, sequences included."""
+    HV, V, K = *x.v.shape[2:], x.k.shape[-1]
+    pieces = SharedLayout(cuts, layout.T, layout.chunk, layout.dtype)
+    n, C = layout.chunks, layout.chunk
+    shapes = ((K, V), (C, V), (C, K), (C, K))
+    kept = _Kept(*(x.v.new_empty(n, HV, *shape, dtype=layout.dtype) for shape in shapes))
+    o = x.v.new_empty(1, layout.rows, *x.v.shape[2:], dtype=layout.dtype)
+    for run in _forward(layout, x, initial, options, states=True):
+        _store_output(layout, run, o)
+        c0, c1, shares = run.c0, run.c1, pieces.shares(run.c0, run.c1)
+        g = split(layout, activate(take(layout, x, c0, c1), options).g, c0, c1)
+        behind = running_sums(select(~shares.last, g.roll(-1, 2)), shares.crossings, reverse=True)
+        values = run.S, run.U, run.x.k * decay(behind), decay(running_sums(g, shares.crossings))
+        for out, value in zip(kept, values, strict=True):
+            out[c0:c1] = value
+    return layout.finish(o), kept
+
+
+def _states_after(
+    kept: _Kept, before: Tensor, first: Tensor, tokens: Tensor, comes_in: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """States ``[G, HV, K, V]`` after parts of ``tokens [G]`` tokens, none included, from row ``first [G]`` on, of one
+    chunk each. They start from ``before``, or where ``comes_in`` says so from what comes into their chunk."""
+    chunks, C = kept.U.shape[0], kept.U.shape[2]
+    length, order = tokens.sort(descending=True, stable=True)
+    length, order = length[: chunks * C], order[: chunks * C]
+    first = first[order].clamp(0, chunks * C - 1)
+    parts = _Parts(first, length, order, as_bits(length > 0, dtype), chunks * C, C)
+    entered = torch.where(
+        comes_in[order].view(-1, 1, 1, 1), kept.S.index_select(0, first // C), before.index_select(0, order)
+    )
+    states = before.clone(memory_format=torch.contiguous_format)
+    entered *= parts.of_last(kept.decay).unsqueeze(-1)
+    parts.store_states(parts.add_outer(kept.Kr, kept.U, entered), states)
+    return states
+
+
+def _last_part(start: Tensor, begin: Tensor, end: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tokens ``begin`` to ``end`` of sequences that begin at ``start``: the first one of their last chunk, how many
+    there are of them in it, and whether it is the first of that chunk and others came before."""
+    first_of_chunk = (end - 1).clamp(min=0) // chunk * chunk
+    first = torch.maximum(begin, first_of_chunk)
+    return first, torch.where(end > begin, end - first, 0), (start < first_of_chunk) & (first == first_of_chunk)
+
+
+def forward_at_offsets(
+    layout: SharedLayout, x: Inputs, initial: Tensor, options: KdaOptions, bounds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward`, and the states at ``bounds [N, C]`` but the first of each sequence, ``[N, C - 1, HV, K, V]``.
+
+    The bounds of a sequence never decrease; the first is its start and the last its end.
+    """
+    o, kept = _keep(layout, x, initial, options, torch.cat((bounds[:, :-1].flatten(), bounds[-1, -1:])))
+    states, start = [initial], bounds[:, 0]
+    for begin, end in pairwise(bounds.unbind(1)):
+        part = _last_part(start, begin, end, layout.chunk)
+        states.append(_states_after(kept, states[-1], *part, layout.dtype))
+    return o, torch.stack(states[1:], 1)
+
+
+def forward_with_checkpoints(
+    layout: SharedLayout, x: Inputs, initial: Tensor, options: KdaOptions, interval: int, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`forward`, and the states before every ``interval``-th token of each sequence, those of all in order and
+    zeros behind them ``[most, HV, K, V]``. The chunks are no longer than the interval."""
+    start, end = layout.cu[:-1], layout.cu[1:]
+    needed = (end - start + interval - 1) // interval
+    ends = needed.cumsum(0)
+    index = torch.arange(most, device=start.device)
+    seq = torch.searchsorted(ends, index, right=True)
+    exists, seq = seq < layout.sequences, seq.clamp(max=layout.sequences - 1)
+    at = start[seq] + torch.where(exists, (index - (ends - needed)[seq]) * interval, 0)
+    o, kept = _keep(layout, x, initial, options, torch.cat((layout.cu, at)).sort().values)
+    first = torch.where(exists.view(-1, 1, 1, 1), initial.index_select(0, seq), 0)
+    states = _states_after(kept, first, *_last_part(start[seq], start[seq], at, layout.chunk), layout.dtype)
+    latest = states.index_select(0, (ends - 1).clamp(0, most - 1))
+    before = torch.where((needed > 0).view(-1, 1, 1, 1), latest, initial)
+    last = _last_part(start, torch.minimum(start + (needed - 1).clamp(min=0) * interval, end), end, layout.chunk)
+    return o, _states_after(kept, before, *last, layout.dtype), states
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,9 +519,13 @@ def backward(
     States and their cotangents ``dht`` are ``[N, HV, K, V]`` in the compute dtype.
     """
     HV, V, K = *x.v.shape[2:], x.k.shape[-1]
-    dstate = x.v.new_zeros(HV, K, V, dtype=state_dtype(x.v))
-    dinitial = _of_sequences(layout, dstate, dht) if initial_gradient else None
-    states = None if grads is None else forward(layout, x, initial, options, output=False, entering=True).entering
+    dstate = x.v.new_zeros(HV, K, V, dtype=layout.dtype)
+    dinitial = _of_sequences(layout, x, dht) if initial_gradient else None
+    states = None
+    if grads is not None:
+        states = dstate.new_empty(layout.chunks, HV, K, V)
+        for run in _forward(layout, x, initial, options, states=False):
+            states[run.c0 : run.c1] = run.S
     for c0, c1 in reversed(_runs(layout, x, states=initial_gradient or initial is not None or dht is not None)):
         shares, taken = layout.shares(c0, c1), take(layout, x, c0, c1)
         activated = activate(taken, options)

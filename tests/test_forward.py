@@ -147,6 +147,23 @@ def test_intermediate_states_are_those_of_prefixes(
     assert error(states[:, : expected.shape[1]], expected, heads=2) < 2e-6
 
 
+@pytest.mark.parametrize("interval", [16, 48, 96])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_intermediate_states_have_any_distance_the_op_takes(interval: int, batch_invariant: bool) -> None:
+    bounds = [4, 5, 5, 21, 130, 165]
+    call = make_call(170, initial_state=True, cu_seqlens=bounds)
+    options = {"output_final_state": True, "checkpoint_interval": interval, "batch_invariant": batch_invariant}
+    o, final, states = torch.ops.flashkda.chunk_kda(**call, **options)
+    assert output_error((o, final), reference(call)) < 2e-6
+    spans = [(n, a, t) for n, (a, b) in enumerate(itertools.pairwise(bounds)) for t in range(a, b, interval)]
+    single = {**call, "cu_seqlens": None}
+    expected = [
+        reference({**rows(single, a, t), "initial_state": call["initial_state"][n : n + 1]})[1] for n, a, t in spans
+    ]
+    assert error(states[:, : len(spans)], torch.cat(expected).unsqueeze(0), heads=2) < 2e-6
+    assert not states[:, len(spans) :].any()
+
+
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("state_v_first", [False, True])
 def test_the_recurrent_function_agrees_and_leaves_its_state(gate: str, state_v_first: bool) -> None:

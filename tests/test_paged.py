@@ -382,6 +382,27 @@ def test_sequences_of_differing_lengths_are_decoded_together() -> None:
     assert pool[torch.stack(unwritten)].isnan().all()
 
 
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
+def test_tokens_beyond_the_slots_are_right_in_long_calls_too(pool_dtype: torch.dtype) -> None:
+    """Where there may be many of them they are not taken one by one."""
+    call = make_call(100, cu_seqlens=[2, 50, 50, 51, 53, 90], initial_state=True)
+    call["initial_state"] = call["initial_state"].to(pool_dtype)
+    N, width = 5, 3
+    slots = torch.arange(N * width).view(N, width)
+    pool = torch.full((N * width, *call["initial_state"].shape[1:]), torch.nan, dtype=pool_dtype)
+    pool[slots[:, 0]] = call["initial_state"]
+    o = recurrent_kda_paged(**paged(call, pool, slots))
+    assert error(o, reference(call)[0]) < (2e-6 if pool_dtype == torch.float32 else 2e-2)
+    assert not o[:, :2].any() and not o[:, 90:].any()
+    for n, length in enumerate(call["cu_seqlens"].diff().tolist()):
+        for t in range(width):
+            if t < length:
+                expected = state_after(call, n, t + 1)
+                assert error(pool[slots[n, t]], expected) < (2e-6 if pool_dtype == torch.float32 else 2e-2)
+            elif t > 0:
+                assert pool[slots[n, t]].isnan().all()
+
+
 def test_tokens_beyond_the_slots_of_their_sequence_are_not_written() -> None:
     call = make_call(4, cu_seqlens=[0, 3, 4], initial_state=True)
     slots = torch.tensor([[0, 1], [2, 3]])

@@ -108,7 +108,7 @@ def _with_checkpoints(
     """Outputs and final states, on the portable path; the states at ``offsets`` go into the rows ``indices``."""
     o, final, states = portable.chunk_kda_at_offsets(
         *a[:5], a.A_log, a.dt_bias, initial_state, a.cu_seqlens, offsets, options,
-        state_v_first=a.state_v_first,
+        state_v_first=a.state_v_first, batch_invariant=a.batch_invariant,
     )  # fmt: skip
     T = a.q.shape[1]
     length = T if a.cu_seqlens is None else safe_cu_seqlens(a.cu_seqlens, T).diff().unsqueeze(1)
